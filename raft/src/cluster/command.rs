@@ -1,0 +1,118 @@
+//! What can be asked of the control group, and what it answers.
+
+use std::collections::BTreeSet;
+
+use serde::{Deserialize, Serialize};
+use shoal_proto::{CollectionConfig, Error, FieldType, NodeId, RequestId, ShardId};
+
+/// Where a node listens, as other nodes and clients reach it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Addresses {
+    /// HTTP, for clients.
+    pub http: String,
+    /// gRPC, for peers and clients.
+    pub grpc: String,
+    /// The actor mesh, for peers.
+    pub mesh: String,
+}
+
+/// An order to the control group. Whatever is not deterministic (ids, times) was made before.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Command {
+    /// Names the cluster; the first command of all.
+    CreateCluster {
+        /// A UUID, as text.
+        cluster_id: String,
+    },
+    /// Allocates a node id. The same incarnation gets the same id again; a known name with
+    /// another incarnation is a new node that takes the old one's place.
+    AddNode {
+        /// Host name or ordinal: only a name.
+        name: String,
+        /// A UUID made once per data directory.
+        incarnation: String,
+        /// Where it listens.
+        addresses: Addresses,
+        /// Failure domain; empty when unknown.
+        zone: String,
+    },
+    /// A node came back under other addresses.
+    UpdateNode {
+        /// The node.
+        node: NodeId,
+        /// Where it listens now.
+        addresses: Addresses,
+    },
+    /// Takes a node out of the cluster for good; its id is never used again.
+    RemoveNode {
+        /// The node.
+        node: NodeId,
+    },
+    /// Makes a collection and places its shards.
+    CreateCollection {
+        /// Makes a retry of this command harmless.
+        request_id: RequestId,
+        /// The name.
+        name: String,
+        /// Its schema, checked before and again here.
+        config: CollectionConfig,
+        /// Shards; one per node when absent.
+        shard_count: Option<u32>,
+        /// Replicas of each shard; the cluster's default when absent.
+        replication_factor: Option<u32>,
+        /// Seconds since the Unix epoch, read by the proposer.
+        created_at: u64,
+    },
+    /// Deletes a collection and all that it holds.
+    DeleteCollection {
+        /// Makes a retry of this command harmless.
+        request_id: RequestId,
+        /// The name.
+        name: String,
+    },
+    /// Adds a payload index to the schema, or takes it out.
+    SetPayloadIndex {
+        /// The collection.
+        name: String,
+        /// The payload path.
+        field: String,
+        /// The kind of index, or none to drop it.
+        index: Option<FieldType>,
+    },
+    /// Replaces what a client gave a vector store.
+    SetAttributes {
+        /// The collection.
+        name: String,
+        /// One JSON object.
+        attributes_json: String,
+    },
+    /// Creates or repoints an alias, or removes it.
+    SetAlias {
+        /// The alias.
+        alias: String,
+        /// The collection, or none to remove the alias.
+        collection: Option<String>,
+    },
+    /// Changes which nodes should hold a shard. The shard's leader carries it out.
+    SetReplicas {
+        /// The shard.
+        shard: ShardId,
+        /// What the planner saw; another value means that the plan is out of date.
+        expected: BTreeSet<NodeId>,
+        /// What should be.
+        replicas: BTreeSet<NodeId>,
+    },
+}
+
+/// What the control group answered.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Response {
+    /// Done, nothing to tell.
+    Done,
+    /// The id of the node that was added, or was there already.
+    NodeAdded(NodeId),
+    /// Nothing to delete.
+    Absent,
+    /// Refused: the same on every node.
+    Rejected(Error),
+}

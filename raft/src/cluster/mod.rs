@@ -1,0 +1,14 @@
+//! The control group's state: who is in the cluster, and who holds what.
+//!
+//! [`ClusterState`] is a plain value with a pure [`ClusterState::apply`]: no clock, no
+//! randomness, no hash order. It holds no data-plane events and stays small. Every node keeps
+//! it in memory, as a voter or a learner of group 0, so routing never asks anybody.
+
+mod command;
+mod placement;
+mod state;
+#[cfg(test)]
+mod tests;
+
+pub use command::{Addresses, Command, Response};
+pub use state::{Alias, ClusterState, Collection, Node, Shard};

@@ -1,0 +1,372 @@
+//! The value itself and its transitions.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use serde::{Deserialize, Serialize};
+use shoal_proto::collection::validate_name;
+use shoal_proto::{CollectionConfig, Error, ErrorCode, NodeId, PointId, RequestId, Route, ShardId};
+
+use super::placement;
+use super::{Addresses, Command, Response};
+
+/// The most shards in one collection.
+pub const MAX_SHARDS: u32 = 256;
+/// The most replicas of one shard.
+pub const MAX_REPLICATION: u32 = 7;
+/// Replicas of a shard when neither the collection nor the number of nodes says otherwise.
+pub const DEFAULT_REPLICATION: u32 = 3;
+/// How many answered requests are remembered, so that a retry gets the first answer.
+pub const REMEMBERED_REQUESTS: usize = 256;
+
+/// A member of the cluster.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Node {
+    /// Host name or ordinal.
+    pub name: String,
+    /// A UUID made once per data directory.
+    pub incarnation: String,
+    /// Where it listens.
+    pub addresses: Addresses,
+    /// Failure domain; empty when unknown.
+    pub zone: String,
+}
+
+/// A named set of points with one schema.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Collection {
+    /// The schema.
+    pub config: CollectionConfig,
+    /// Its shards, in the order of their ranges.
+    pub shards: Vec<ShardId>,
+    /// Replicas wanted of each shard. Fewer nodes mean fewer replicas until nodes arrive.
+    pub replication_factor: u32,
+    /// Seconds since the Unix epoch.
+    pub created_at: u64,
+}
+
+/// One hash range of one collection.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Shard {
+    /// The collection's name.
+    pub collection: String,
+    /// First route of the range.
+    pub first: Route,
+    /// Last route of the range, included.
+    pub last: Route,
+    /// Nodes that should hold a replica.
+    pub replicas: BTreeSet<NodeId>,
+    /// The nodes that the group was started with: only these may initialise it.
+    pub founders: BTreeSet<NodeId>,
+}
+
+/// Another name for a collection.
+pub type Alias = String;
+
+/// All that the control group has agreed about.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ClusterState {
+    /// How many commands changed the state: the version of the shard map.
+    pub version: u64,
+    /// A UUID as text; empty until the cluster is created.
+    pub cluster_id: String,
+    /// Members by id.
+    pub nodes: BTreeMap<NodeId, Node>,
+    /// Ids that were members once. They never come back.
+    pub removed: BTreeSet<NodeId>,
+    /// Collections by name.
+    pub collections: BTreeMap<String, Collection>,
+    /// Collection names by alias.
+    pub aliases: BTreeMap<Alias, String>,
+    /// Shards by id.
+    pub shards: BTreeMap<ShardId, Shard>,
+    last_node: u64,
+    last_shard: u64,
+    answered: VecDeque<(RequestId, Response)>,
+}
+
+impl ClusterState {
+    /// Applies one command. A bad command is rejected the same way on every node.
+    pub fn apply(&mut self, command: Command) -> Response {
+        let request_id = match &command {
+            Command::CreateCollection { request_id, .. } | Command::DeleteCollection { request_id, .. } => {
+                Some(*request_id)
+            }
+            _ => None,
+        };
+        let answered = self.answered.iter().find(|(id, _)| Some(*id) == request_id);
+        if let Some((_, response)) = answered {
+            return response.clone();
+        }
+        let response = self.transition(command).unwrap_or_else(Response::Rejected);
+        if !matches!(response, Response::Rejected(_)) {
+            self.version += 1;
+        }
+        if let Some(request_id) = request_id {
+            self.answered.push_back((request_id, response.clone()));
+            while self.answered.len() > REMEMBERED_REQUESTS {
+                self.answered.pop_front();
+            }
+        }
+        self.assert_invariants();
+        response
+    }
+
+    fn transition(&mut self, command: Command) -> Result<Response, Error> {
+        match command {
+            Command::CreateCluster { cluster_id } => self.create_cluster(cluster_id),
+            Command::AddNode { name, incarnation, addresses, zone } => {
+                Ok(self.add_node(Node { name, incarnation, addresses, zone }))
+            }
+            Command::UpdateNode { node, addresses } => {
+                let known = self.nodes.get_mut(&node).ok_or_else(|| unknown_node(node))?;
+                known.addresses = addresses;
+                Ok(Response::Done)
+            }
+            Command::RemoveNode { node } => self.remove_node(node),
+            Command::CreateCollection {
+                name, config, shard_count, replication_factor, created_at, ..
+            } => {
+                let replication_factor = replication_factor.unwrap_or(DEFAULT_REPLICATION);
+                let collection = Collection { config, shards: Vec::new(), replication_factor, created_at };
+                self.create_collection(name, collection, shard_count)
+            }
+            Command::DeleteCollection { name, .. } => Ok(self.delete_collection(&name)),
+            Command::SetPayloadIndex { name, field, index } => {
+                let config = &mut self.collection_mut(&name)?.config;
+                let mut changed = config.clone();
+                match index {
+                    Some(index) => changed.payload_indexes.insert(field, index),
+                    None => changed.payload_indexes.remove(&field),
+                };
+                changed.validate()?;
+                *config = changed;
+                Ok(Response::Done)
+            }
+            Command::SetAttributes { name, attributes_json } => {
+                self.collection_mut(&name)?.config.attributes_json = attributes_json;
+                Ok(Response::Done)
+            }
+            Command::SetAlias { alias, collection } => self.set_alias(alias, collection),
+            Command::SetReplicas { shard, expected, replicas } => {
+                self.set_replicas(shard, &expected, replicas)
+            }
+        }
+    }
+
+    fn create_cluster(&mut self, cluster_id: String) -> Result<Response, Error> {
+        if !self.cluster_id.is_empty() && self.cluster_id != cluster_id {
+            return Err(conflict(format!("this is cluster {} already", self.cluster_id)));
+        }
+        self.cluster_id = cluster_id;
+        Ok(Response::Done)
+    }
+
+    fn add_node(&mut self, node: Node) -> Response {
+        let known = self.nodes.iter_mut().find(|(_, known)| known.incarnation == node.incarnation);
+        if let Some((id, known)) = known {
+            known.addresses = node.addresses;
+            return Response::NodeAdded(*id);
+        }
+        self.last_node += 1;
+        let id = NodeId(self.last_node);
+        let replaced = self.nodes.iter().find(|(_, known)| known.name == node.name).map(|(id, _)| *id);
+        self.nodes.insert(id, node);
+        if let Some(replaced) = replaced {
+            // The old disk is gone: the new node takes its place in every replica set, and the
+            // leaders of those shards bring it up to date before the old id leaves.
+            self.nodes.remove(&replaced);
+            self.removed.insert(replaced);
+            for shard in self.shards.values_mut() {
+                if shard.replicas.remove(&replaced) {
+                    shard.replicas.insert(id);
+                }
+            }
+        }
+        Response::NodeAdded(id)
+    }
+
+    fn remove_node(&mut self, node: NodeId) -> Result<Response, Error> {
+        if !self.nodes.contains_key(&node) {
+            return Ok(Response::Absent);
+        }
+        if self.nodes.len() == 1 {
+            return Err(conflict("the last node cannot be removed"));
+        }
+        let sole =
+            self.shards.iter().find(|(_, shard)| shard.replicas.len() == 1 && shard.replicas.contains(&node));
+        if let Some((shard, _)) = sole {
+            return Err(conflict(format!("node {node} holds the only replica of shard {shard}")));
+        }
+        self.nodes.remove(&node);
+        self.removed.insert(node);
+        for shard in self.shards.values_mut() {
+            shard.replicas.remove(&node);
+        }
+        Ok(Response::Done)
+    }
+
+    fn create_collection(
+        &mut self,
+        name: String,
+        mut collection: Collection,
+        shard_count: Option<u32>,
+    ) -> Result<Response, Error> {
+        validate_name("collection_name", &name)?;
+        collection.config.validate()?;
+        if self.collections.contains_key(&name) || self.aliases.contains_key(&name) {
+            return Err(conflict(format!("collection `{name}` already exists")));
+        }
+        if self.nodes.is_empty() {
+            return Err(Error::unavailable("the cluster has no nodes"));
+        }
+        let shard_count = shard_count.unwrap_or((self.nodes.len() as u32).min(MAX_SHARDS));
+        check_count("shard_number", shard_count, MAX_SHARDS)?;
+        check_count("replication_factor", collection.replication_factor, MAX_REPLICATION)?;
+        for index in 0..shard_count {
+            self.last_shard += 1;
+            let id = ShardId(self.last_shard);
+            let replicas = placement::pick(self, &BTreeSet::new(), collection.replication_factor as usize);
+            let (first, last) = nth_range(index, shard_count);
+            let founders = replicas.clone();
+            self.shards.insert(id, Shard { collection: name.clone(), first, last, replicas, founders });
+            collection.shards.push(id);
+        }
+        self.collections.insert(name, collection);
+        Ok(Response::Done)
+    }
+
+    fn delete_collection(&mut self, name: &str) -> Response {
+        let Some(collection) = self.collections.remove(name) else {
+            return Response::Absent;
+        };
+        for shard in collection.shards {
+            self.shards.remove(&shard);
+        }
+        self.aliases.retain(|_, target| target != name);
+        Response::Done
+    }
+
+    fn set_alias(&mut self, alias: Alias, collection: Option<String>) -> Result<Response, Error> {
+        let Some(collection) = collection else {
+            return Ok(match self.aliases.remove(&alias) {
+                Some(_) => Response::Done,
+                None => Response::Absent,
+            });
+        };
+        validate_name("alias_name", &alias)?;
+        self.collection_mut(&collection)?;
+        if self.collections.contains_key(&alias) {
+            return Err(conflict(format!("`{alias}` is the name of a collection")));
+        }
+        self.aliases.insert(alias, collection);
+        Ok(Response::Done)
+    }
+
+    fn set_replicas(
+        &mut self,
+        id: ShardId,
+        expected: &BTreeSet<NodeId>,
+        replicas: BTreeSet<NodeId>,
+    ) -> Result<Response, Error> {
+        let unknown = replicas.iter().find(|node| !self.nodes.contains_key(node));
+        if let Some(node) = unknown {
+            return Err(unknown_node(*node));
+        }
+        if replicas.is_empty() {
+            return Err(Error::invalid("replicas", "a shard needs at least one replica"));
+        }
+        let shard =
+            self.shards.get_mut(&id).ok_or_else(|| Error::not_found(format!("shard {id} does not exist")))?;
+        if shard.replicas != *expected {
+            return Err(conflict(format!("the replicas of shard {id} have changed since the plan was made")));
+        }
+        shard.replicas = replicas;
+        Ok(Response::Done)
+    }
+
+    fn collection_mut(&mut self, name: &str) -> Result<&mut Collection, Error> {
+        self.collections.get_mut(name).ok_or_else(|| unknown_collection(name))
+    }
+
+    /// The collection of a name or an alias, with its real name.
+    ///
+    /// # Errors
+    /// [`ErrorCode::NotFound`].
+    pub fn collection(&self, name: &str) -> Result<(&str, &Collection), Error> {
+        let name = self.aliases.get(name).map(String::as_str).unwrap_or(name);
+        match self.collections.get_key_value(name) {
+            Some((name, collection)) => Ok((name, collection)),
+            None => Err(unknown_collection(name)),
+        }
+    }
+
+    /// The shard of a collection that owns a route.
+    pub fn shard_of(&self, collection: &Collection, route: Route) -> ShardId {
+        let owner = collection
+            .shards
+            .iter()
+            .find(|id| self.shards.get(id).is_some_and(|shard| (shard.first..=shard.last).contains(&route)));
+        *owner.expect("the ranges of a collection's shards cover every route")
+    }
+
+    /// The shard of a collection that owns a point.
+    pub fn shard_of_point(&self, collection: &Collection, point: PointId) -> ShardId {
+        self.shard_of(collection, point.route())
+    }
+
+    /// The next shard that has fewer replicas than it wants while a node could take one more,
+    /// with the replica set that it should have. One step at a time keeps moves small.
+    pub fn next_growth(&self) -> Option<(ShardId, BTreeSet<NodeId>)> {
+        self.shards.iter().find_map(|(id, shard)| {
+            let wanted = self.collections.get(&shard.collection)?.replication_factor as usize;
+            if shard.replicas.len() >= wanted.min(self.nodes.len()) {
+                return None;
+            }
+            let mut replicas = shard.replicas.clone();
+            replicas.extend(placement::pick(self, &replicas, 1));
+            (replicas.len() > shard.replicas.len()).then_some((*id, replicas))
+        })
+    }
+
+    fn assert_invariants(&self) {
+        for (name, collection) in &self.collections {
+            let mut next = Some(0u32);
+            for id in &collection.shards {
+                let shard = &self.shards[id];
+                assert_eq!(Some(shard.first.0), next, "the ranges of `{name}` have a hole at shard {id}");
+                assert_eq!(&shard.collection, name, "shard {id} belongs to another collection");
+                next = shard.last.0.checked_add(1);
+            }
+            assert_eq!(next, None, "the ranges of `{name}` do not reach the end");
+        }
+        for node in self.nodes.keys() {
+            assert!(!self.removed.contains(node), "node {node} is a member and removed");
+        }
+    }
+}
+
+/// The range of shard `index` of `count`: contiguous, covering all routes, sizes equal within one.
+fn nth_range(index: u32, count: u32) -> (Route, Route) {
+    let bound = |index: u32| ((u64::from(index) << 32) / u64::from(count)) as u32;
+    let last = if index + 1 == count { u32::MAX } else { bound(index + 1) - 1 };
+    (Route(bound(index)), Route(last))
+}
+
+fn check_count(field: &str, count: u32, most: u32) -> Result<(), Error> {
+    if (1..=most).contains(&count) {
+        return Ok(());
+    }
+    Err(Error::invalid(field, format!("{count} is not between 1 and {most}")))
+}
+
+fn conflict(message: impl std::fmt::Display) -> Error {
+    Error::new(ErrorCode::Conflict, message)
+}
+
+fn unknown_node(node: NodeId) -> Error {
+    Error::not_found(format!("node {node} is not a member"))
+}
+
+fn unknown_collection(name: &str) -> Error {
+    Error::not_found(format!("collection `{name}` doesn't exist"))
+}

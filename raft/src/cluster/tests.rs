@@ -1,0 +1,113 @@
+//! Golden scripts: each file of `testscripts/cluster` is a story of commands and what they
+//! answered. `UPDATE_SCRIPTS=1 cargo test` writes the answers anew, to be read in the diff.
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::path::Path;
+
+use shoal_proto::{CollectionConfig, Distance, NodeId, RequestId, Route, ShardId, VectorParams};
+
+use super::*;
+
+#[test]
+fn scripts() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("testscripts/cluster");
+    let mut files: Vec<_> =
+        std::fs::read_dir(&folder).expect("scripts").map(|entry| entry.expect("entry").path()).collect();
+    files.sort();
+    assert!(!files.is_empty(), "no scripts in {}", folder.display());
+    for file in files {
+        let script = std::fs::read_to_string(&file).expect("readable");
+        let played = play(&script);
+        if std::env::var_os("UPDATE_SCRIPTS").is_some() {
+            std::fs::write(&file, &played).expect("writable");
+        } else {
+            assert_eq!(script, played, "{} (left: file, right: now)", file.display());
+        }
+    }
+}
+
+/// Plays the commands (`> …`) and comments (`# …`) of a script and puts the answers under them.
+fn play(script: &str) -> String {
+    let mut state = ClusterState::default();
+    let mut played = String::new();
+    for line in script.lines().filter(|line| line.is_empty() || line.starts_with(['#', '>'])) {
+        writeln!(played, "{line}").expect("a string takes writes");
+        if let Some(command) = line.strip_prefix("> ") {
+            let words: Vec<&str> = command.split_whitespace().collect();
+            played.push_str(&step(&mut state, &words));
+        }
+    }
+    played
+}
+
+fn step(state: &mut ClusterState, words: &[&str]) -> String {
+    let set = |text: &str| -> BTreeSet<NodeId> {
+        text.split(',').filter(|id| !id.is_empty()).map(|id| NodeId(id.parse().expect("a node id"))).collect()
+    };
+    let number = |text: &str| -> u64 { text.parse().expect("a number") };
+    let command = match words {
+        ["show"] => return show(state),
+        ["route", collection, route] => {
+            let (_, found) = state.collection(collection).expect("exists");
+            return format!("shard {}\n", state.shard_of(found, Route(number(route) as u32)));
+        }
+        ["growth"] => return format!("{:?}\n", state.next_growth()),
+        ["create-cluster", id] => Command::CreateCluster { cluster_id: (*id).to_owned() },
+        ["add-node", name, incarnation, zone @ ..] => Command::AddNode {
+            name: (*name).to_owned(),
+            incarnation: (*incarnation).to_owned(),
+            addresses: Addresses { grpc: format!("{name}:6334"), ..Addresses::default() },
+            zone: zone.first().copied().unwrap_or_default().to_owned(),
+        },
+        ["remove-node", node] => Command::RemoveNode { node: NodeId(number(node)) },
+        ["create", name, shards, replicas, request] => {
+            let mut config = CollectionConfig::default();
+            config.vectors.insert(String::new(), VectorParams::new(4, Distance::Cosine));
+            let optional = |text: &str| text.parse().ok();
+            let request_id = RequestId([number(request) as u8; 16]);
+            let (shard_count, replication_factor) = (optional(shards), optional(replicas));
+            let name = (*name).to_owned();
+            Command::CreateCollection {
+                request_id,
+                name,
+                config,
+                shard_count,
+                replication_factor,
+                created_at: 0,
+            }
+        }
+        ["delete", name, request] => {
+            let request_id = RequestId([number(request) as u8; 16]);
+            Command::DeleteCollection { request_id, name: (*name).to_owned() }
+        }
+        ["alias", alias, target @ ..] => {
+            let collection = target.first().map(|&name| name.to_owned());
+            Command::SetAlias { alias: (*alias).to_owned(), collection }
+        }
+        ["set-replicas", shard, expected, replicas] => Command::SetReplicas {
+            shard: ShardId(number(shard)),
+            expected: set(expected),
+            replicas: set(replicas),
+        },
+        other => panic!("unknown command {other:?}"),
+    };
+    match state.apply(command) {
+        Response::Rejected(error) => format!("rejected: {}: {error}\n", error.code.name()),
+        response => format!("{response:?}\n"),
+    }
+}
+
+fn show(state: &ClusterState) -> String {
+    let mut text = format!("version {}\n", state.version);
+    for (id, node) in &state.nodes {
+        writeln!(text, "node {id} {} {}", node.name, node.zone).expect("a string takes writes");
+    }
+    for (id, shard) in &state.shards {
+        let replicas: Vec<u64> = shard.replicas.iter().map(|node| node.0).collect();
+        let (first, last) = (shard.first.0, shard.last.0);
+        writeln!(text, "shard {id} of {} {first:08x}-{last:08x} on {replicas:?}", shard.collection)
+            .expect("a string takes writes");
+    }
+    text
+}

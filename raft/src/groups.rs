@@ -1,0 +1,468 @@
+//! Many groups in one process: opening, finding, serving and closing them.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::{Stream, StreamExt};
+use openraft::async_runtime::WatchReceiver;
+use openraft::errors::{ClientWriteError, LinearizableReadError, RaftError};
+use openraft::{ChangeMembers, EmptyNode, Raft, ReadPolicy, ServerState, SnapshotPolicy};
+use parking_lot::RwLock;
+use shoal_proto::peer::{Piece, RaftKind, RaftMessage, RaftReply};
+use shoal_proto::{GroupId, NodeId, codec};
+
+use crate::error::Error;
+use crate::log::{GroupLog, LogStore};
+use crate::machine::{FrameFile, Machine, SnapshotData, StateMachine};
+use crate::network::{Network, Peers};
+use crate::types::{Payload, SnapshotMetaOf, SnapshotOf, TypeConfig, VoteOf};
+
+/// Timers and limits of every group.
+#[derive(Clone, Debug)]
+pub struct RaftConfig {
+    /// How often a leader is heard of when there is nothing to say.
+    pub heartbeat: Duration,
+    /// The shortest and the longest time without a leader before an election; the longest one
+    /// is also the leader's lease.
+    pub election_timeout: (Duration, Duration),
+    /// A checkpoint is made after so many entries.
+    pub checkpoint_entries: u64,
+    /// Entries kept behind a checkpoint, so that a follower slightly behind needs no snapshot.
+    pub keep_entries: u64,
+}
+
+impl Default for RaftConfig {
+    fn default() -> Self {
+        RaftConfig {
+            heartbeat: Duration::from_millis(60),
+            election_timeout: (Duration::from_millis(250), Duration::from_millis(400)),
+            checkpoint_entries: 20_000,
+            keep_entries: 2_000,
+        }
+    }
+}
+
+/// All groups of this node.
+#[derive(Clone)]
+pub struct Groups {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    node: NodeId,
+    log: LogStore,
+    peers: Peers,
+    config: Arc<openraft::Config>,
+    /// Where snapshots are received, on the same file system as the data.
+    incoming: PathBuf,
+    groups: RwLock<HashMap<GroupId, Group>>,
+}
+
+/// One group on this node. Cheap to clone.
+#[derive(Clone)]
+pub struct Group {
+    id: GroupId,
+    node: NodeId,
+    raft: Raft<TypeConfig, Machine>,
+    log: GroupLog,
+}
+
+/// What is known about a group on this node.
+#[derive(Clone, Debug)]
+pub struct GroupStatus {
+    /// The group.
+    pub id: GroupId,
+    /// Who leads it, as far as this node knows.
+    pub leader: Option<NodeId>,
+    /// `leader`, `follower`, `learner`, `candidate` or `stopped`.
+    pub role: &'static str,
+    /// The current term.
+    pub term: u64,
+    /// The index of the last entry in this node's log.
+    pub last_index: u64,
+    /// The last applied index.
+    pub applied: u64,
+    /// The index of the last checkpoint.
+    pub checkpoint: u64,
+    /// The index up to which the log is purged.
+    pub purged: u64,
+    /// Voting members.
+    pub voters: BTreeSet<NodeId>,
+    /// Members that do not vote (yet).
+    pub learners: BTreeSet<NodeId>,
+    /// On the leader: how far each member's log is known to match.
+    pub matched: BTreeMap<NodeId, u64>,
+}
+
+impl Groups {
+    /// No groups yet. `incoming` is a directory for snapshots that are being received; what a
+    /// crash left in it is deleted.
+    pub fn new(
+        node: NodeId,
+        log: LogStore,
+        peers: Peers,
+        config: &RaftConfig,
+        incoming: PathBuf,
+    ) -> io::Result<Groups> {
+        if incoming.exists() {
+            std::fs::remove_dir_all(&incoming)?;
+        }
+        std::fs::create_dir_all(&incoming)?;
+        let config = openraft::Config {
+            cluster_name: "shoal".into(),
+            heartbeat_interval: config.heartbeat.as_millis() as u64,
+            election_timeout_min: config.election_timeout.0.as_millis() as u64,
+            election_timeout_max: config.election_timeout.1.as_millis() as u64,
+            install_snapshot_timeout: 600_000,
+            max_payload_entries: 256,
+            snapshot_policy: SnapshotPolicy::LogsSinceLast(config.checkpoint_entries),
+            max_in_snapshot_log_to_keep: config.keep_entries,
+            purge_batch_size: 256,
+            enable_pre_vote: Some(true),
+            // A restarted leader must be elected again: its state may be behind what it had
+            // committed, and its lease is gone.
+            enable_leader_restore: Some(false),
+            log_stage_capacity: Some(1),
+            state_machine_channel_size: Some(256),
+            api_channel_size: Some(4096),
+            notification_channel_size: Some(4096),
+            ..openraft::Config::default()
+        };
+        let config = Arc::new(config.validate().map_err(io::Error::other)?);
+        let groups = RwLock::default();
+        Ok(Groups { inner: Arc::new(Inner { node, log, peers, config, incoming, groups }) })
+    }
+
+    /// Channels to the other nodes.
+    pub fn peers(&self) -> &Peers {
+        &self.inner.peers
+    }
+
+    /// This node.
+    pub fn node(&self) -> NodeId {
+        self.inner.node
+    }
+
+    /// Opens a group's replica on this node, or returns the one that is open.
+    pub async fn open(&self, id: GroupId, machine: Arc<dyn StateMachine>) -> Result<Group, Error> {
+        if let Ok(group) = self.get(id) {
+            return Ok(group);
+        }
+        let stopped = |reason: String| Error::Stopped { group: id, reason };
+        let log = self.inner.log.group(id).await.map_err(|error| stopped(error.to_string()))?;
+        let network = Network { group: id, peers: self.inner.peers.clone() };
+        let machine =
+            Machine::new(machine, &self.inner.incoming).map_err(|error| stopped(error.to_string()))?;
+        let raft = Raft::new(self.inner.node, self.inner.config.clone(), network, log.clone(), machine)
+            .await
+            .map_err(|error| stopped(error.to_string()))?;
+        let group = Group { id, node: self.inner.node, raft, log };
+        self.inner.groups.write().insert(id, group.clone());
+        Ok(group)
+    }
+
+    /// The group's replica on this node.
+    pub fn get(&self, id: GroupId) -> Result<Group, Error> {
+        self.inner.groups.read().get(&id).cloned().ok_or(Error::UnknownGroup(id))
+    }
+
+    /// All replicas on this node, by group.
+    pub fn all(&self) -> Vec<Group> {
+        let mut groups: Vec<Group> = self.inner.groups.read().values().cloned().collect();
+        groups.sort_by_key(|group| group.id);
+        groups
+    }
+
+    /// Stops a group's replica on this node; its log stays.
+    pub async fn close(&self, id: GroupId) {
+        let group = self.inner.groups.write().remove(&id);
+        if let Some(group) = group {
+            if let Err(error) = group.raft.shutdown().await {
+                tracing::warn!(group = id.0, %error, "a group did not shut down cleanly");
+            }
+        }
+    }
+
+    /// Stops a group's replica on this node and forgets its log.
+    pub async fn remove(&self, id: GroupId) -> io::Result<()> {
+        self.close(id).await;
+        self.inner.log.forget(id).await
+    }
+
+    /// Serves one Raft message from a peer.
+    pub async fn handle(&self, message: RaftMessage) -> Result<RaftReply, Error> {
+        if message.target != self.inner.node.0 {
+            let reason = format!("meant for node {}, this is node {}", message.target, self.inner.node);
+            return Err(Error::BadMessage(reason));
+        }
+        let id = GroupId(message.group);
+        let raft = self.get(id)?.raft;
+        let stopped = |error: String| Error::Stopped { group: id, reason: error };
+        let kind = RaftKind::try_from(message.kind).unwrap_or_default();
+        let body = &message.body;
+        let reply = match kind {
+            RaftKind::Append => {
+                codec::encode(&raft.append_entries(read(body)?).await.map_err(|e| stopped(e.to_string()))?)
+            }
+            RaftKind::Vote => {
+                codec::encode(&raft.vote(read(body)?).await.map_err(|e| stopped(e.to_string()))?)
+            }
+            RaftKind::PreVote => {
+                codec::encode(&raft.pre_vote(read(body)?).await.map_err(|e| stopped(e.to_string()))?)
+            }
+            RaftKind::TransferLeader => {
+                let answer = raft.handle_transfer_leader(read(body)?).await;
+                codec::encode(&answer.map_err(|e| stopped(e.to_string()))?)
+            }
+            RaftKind::Unspecified => return Err(Error::BadMessage("no kind".into())),
+        };
+        Ok(RaftReply { body: reply.into() })
+    }
+
+    /// Takes in a snapshot from a group's leader.
+    pub async fn handle_snapshot(
+        &self,
+        mut pieces: impl Stream<Item = Result<Piece, tonic::Status>> + Unpin,
+    ) -> Result<RaftReply, Error> {
+        type Header = (GroupId, NodeId, VoteOf<TypeConfig>, SnapshotMetaOf<TypeConfig>);
+        let mut header: Option<Header> = None;
+        let broken = |reason: &dyn std::fmt::Display| Error::BadMessage(format!("snapshot: {reason}"));
+        let mut frames = FrameFile::create(&self.inner.incoming).map_err(|error| broken(&error))?;
+        let mut whole = false;
+        while let Some(piece) = pieces.next().await {
+            let piece = piece.map_err(|status| broken(&status.message()))?;
+            if !piece.header.is_empty() {
+                header = Some(read(&piece.header)?);
+            }
+            let (sum, body) = piece.data.split_at_checked(4).ok_or_else(|| broken(&"a piece is short"))?;
+            if sum != crc32fast::hash(body).to_le_bytes() {
+                return Err(broken(&"a piece has the wrong checksum"));
+            }
+            whole = body.is_empty();
+            if !whole {
+                tokio::task::block_in_place(|| frames.write(body)).map_err(|error| broken(&error))?;
+            }
+        }
+        let (id, target, vote, meta) = header.ok_or_else(|| broken(&"no header"))?;
+        if !whole || target != self.inner.node {
+            return Err(broken(&"it ended early or was meant for another node"));
+        }
+        let received = tokio::task::block_in_place(|| frames.finish()).map_err(|error| broken(&error))?;
+        let group = self.get(id)?;
+        let snapshot =
+            SnapshotOf::<TypeConfig, SnapshotData> { meta, snapshot: SnapshotData::File(received) };
+        let answer = group.raft.install_full_snapshot(vote, snapshot).await;
+        let answer = answer.map_err(|error| Error::Stopped { group: id, reason: error.to_string() })?;
+        metrics::counter!("shoal_raft_snapshots_installed_total").increment(1);
+        Ok(RaftReply { body: codec::encode(&answer).into() })
+    }
+}
+
+fn read<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, Error> {
+    codec::decode(body).map_err(|error| Error::BadMessage(error.to_string()))
+}
+
+impl Group {
+    /// The group's id.
+    pub fn id(&self) -> GroupId {
+        self.id
+    }
+
+    /// Starts a new group with these voters. Harmless when the group has started already, and
+    /// when several of the voters do it with the same set.
+    pub async fn initialize(&self, voters: &BTreeSet<NodeId>) -> Result<(), Error> {
+        let members: BTreeMap<NodeId, EmptyNode> = voters.iter().map(|&node| (node, EmptyNode {})).collect();
+        match self.raft.initialize(members).await {
+            Ok(()) | Err(RaftError::APIError(openraft::errors::InitializeError::NotAllowed(_))) => Ok(()),
+            Err(error) => Err(self.stopped(error)),
+        }
+    }
+
+    /// Whether the group has started, as far as this node knows.
+    pub async fn is_initialized(&self) -> Result<bool, Error> {
+        self.raft.is_initialized().await.map_err(|error| self.stopped(error))
+    }
+
+    /// Proposes a command and waits until it is applied here.
+    ///
+    /// # Errors
+    /// [`Error::NotLeader`] proves that nothing was proposed; [`Error::OutcomeUnknown`] means
+    /// that it may have been.
+    pub async fn propose(&self, command: Bytes, timeout: Duration) -> Result<(u64, Bytes), Error> {
+        let write = self.raft.client_write(Payload(command));
+        match tokio::time::timeout(timeout, write).await {
+            Ok(Ok(answer)) => Ok((answer.log_id.index, answer.data.0)),
+            Ok(Err(RaftError::APIError(ClientWriteError::ForwardToLeader(to)))) => {
+                let leader = to.leader_id.filter(|leader| *leader != self.node);
+                Err(Error::NotLeader { group: self.id, leader })
+            }
+            Ok(Err(RaftError::APIError(ClientWriteError::LogEntryDiscarded(_)))) | Err(_) => {
+                Err(Error::OutcomeUnknown(self.id))
+            }
+            Ok(Err(RaftError::APIError(error))) => {
+                Err(Error::Membership { group: self.id, reason: error.to_string() })
+            }
+            // The group may have stopped after it had written the entry.
+            Ok(Err(RaftError::Fatal(_))) => Err(Error::OutcomeUnknown(self.id)),
+        }
+    }
+
+    /// The index that a replica must have applied to serve a linearizable read now. Only the
+    /// leader knows it, and it asks a quorum first (ReadIndex, Raft dissertation §6.4).
+    pub async fn read_index(&self, timeout: Duration) -> Result<u64, Error> {
+        let ask = self.raft.get_read_linearizer(ReadPolicy::ReadIndex);
+        match tokio::time::timeout(timeout, ask).await {
+            Ok(Ok(linearizer)) => Ok(linearizer.read_log_id().index()),
+            Ok(Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(to)))) => {
+                let leader = to.leader_id.filter(|leader| *leader != self.node);
+                Err(Error::NotLeader { group: self.id, leader })
+            }
+            Ok(Err(RaftError::APIError(error))) => Err(self.timed_out(error)),
+            Ok(Err(RaftError::Fatal(error))) => Err(self.stopped(error)),
+            Err(_) => Err(self.timed_out("a quorum for a read")),
+        }
+    }
+
+    /// Waits until this replica has applied an index.
+    pub async fn wait_applied(&self, index: u64, timeout: Duration) -> Result<(), Error> {
+        if self.applied() >= index {
+            return Ok(());
+        }
+        let waited = self.raft.wait(Some(timeout)).applied_index_at_least(Some(index), "a read").await;
+        waited.map(drop).map_err(|_| self.timed_out(format!("index {index} to be applied")))
+    }
+
+    /// The last applied index.
+    pub fn applied(&self) -> u64 {
+        let metrics = self.raft.data_metrics();
+        let applied = metrics.borrow_watched().last_applied;
+        applied.map_or(0, |id| id.index)
+    }
+
+    /// Who leads the group, as far as this node knows.
+    pub fn leader(&self) -> Option<NodeId> {
+        self.raft.server_metrics().borrow_watched().current_leader
+    }
+
+    /// Whether this node leads the group, as far as it knows.
+    pub fn is_leader(&self) -> bool {
+        self.leader() == Some(self.node)
+    }
+
+    /// Waits until somebody leads the group.
+    pub async fn wait_leader(&self, timeout: Duration) -> Result<NodeId, Error> {
+        let wait = self.raft.wait(Some(timeout));
+        match wait.metrics(|metrics| metrics.current_leader.is_some(), "a leader").await {
+            Ok(metrics) => metrics.current_leader.ok_or_else(|| self.timed_out("a leader")),
+            Err(_) => Err(self.timed_out("a leader")),
+        }
+    }
+
+    /// Starts an election at once, for a group whose only voter is this node.
+    pub async fn elect(&self) -> Result<(), Error> {
+        self.raft.trigger().elect(false).await.map_err(|error| self.stopped(error))
+    }
+
+    /// Hands leadership to a member.
+    pub async fn transfer_leader(&self, to: NodeId) -> Result<(), Error> {
+        self.raft.trigger().transfer_leader(to).await.map_err(|error| self.stopped(error))
+    }
+
+    /// Makes a checkpoint, after which the log can be purged.
+    pub async fn checkpoint(&self) -> Result<(), Error> {
+        self.raft.trigger().snapshot().await.map_err(|error| self.stopped(error))
+    }
+
+    /// Bytes in this group's log since its last purge.
+    pub fn log_bytes(&self) -> u64 {
+        self.log.live_bytes()
+    }
+
+    /// Leads the membership one step towards `wanted`: first unknown nodes become learners,
+    /// then learners that have caught up become voters, then surplus voters leave. Returns
+    /// whether nothing is left to do. Only the leader can.
+    pub async fn steer_members(
+        &self,
+        wanted: &BTreeSet<NodeId>,
+        voters_wanted: &BTreeSet<NodeId>,
+    ) -> Result<bool, Error> {
+        let status = self.status();
+        let known: BTreeSet<NodeId> = status.voters.union(&status.learners).copied().collect();
+        let refused =
+            |error: &dyn std::fmt::Display| Error::Membership { group: self.id, reason: error.to_string() };
+        if let Some(&new) = wanted.difference(&known).next() {
+            self.raft.add_learner(new, EmptyNode {}, false).await.map_err(|error| refused(&error))?;
+            return Ok(false);
+        }
+        let caught_up = |node: &NodeId| {
+            status.matched.get(node).is_some_and(|matched| matched + 1000 >= status.last_index)
+        };
+        let ready: BTreeSet<NodeId> = voters_wanted
+            .iter()
+            .filter(|node| status.voters.contains(*node) || caught_up(node))
+            .copied()
+            .collect();
+        if ready.iter().any(|node| !status.voters.contains(node)) {
+            let change = ChangeMembers::AddVoterIds(ready);
+            self.raft.change_membership(change, true).await.map_err(|error| refused(&error))?;
+            return Ok(false);
+        }
+        let surplus: BTreeSet<NodeId> = status.voters.difference(voters_wanted).copied().collect();
+        if !surplus.is_empty() && voters_wanted.is_subset(&status.voters) {
+            let keep_as_learner = surplus.is_subset(wanted);
+            let change = ChangeMembers::RemoveVoters(surplus);
+            self.raft.change_membership(change, keep_as_learner).await.map_err(|error| refused(&error))?;
+            return Ok(false);
+        }
+        let gone: BTreeSet<NodeId> = status.learners.difference(wanted).copied().collect();
+        if !gone.is_empty() {
+            let change = ChangeMembers::RemoveNodes(gone);
+            self.raft.change_membership(change, false).await.map_err(|error| refused(&error))?;
+            return Ok(false);
+        }
+        Ok(voters_wanted.is_subset(&status.voters))
+    }
+
+    /// What is known about the group here.
+    pub fn status(&self) -> GroupStatus {
+        let watch = self.raft.metrics();
+        let metrics = watch.borrow_watched();
+        let membership = metrics.membership_config.membership();
+        let index =
+            |id: Option<openraft::type_config::alias::LogIdOf<TypeConfig>>| id.map_or(0, |id| id.index);
+        let matched = metrics.replication.as_ref().map_or_else(BTreeMap::new, |replication| {
+            replication.iter().map(|(node, id)| (*node, index(*id))).collect()
+        });
+        GroupStatus {
+            id: self.id,
+            leader: metrics.current_leader,
+            role: match (&metrics.running_state, metrics.state) {
+                (Err(_), _) | (_, ServerState::Shutdown) => "stopped",
+                (_, ServerState::Learner) => "learner",
+                (_, ServerState::Follower) => "follower",
+                (_, ServerState::Candidate) => "candidate",
+                (_, ServerState::Leader) => "leader",
+            },
+            term: metrics.current_term,
+            last_index: metrics.last_log_index.unwrap_or(0),
+            applied: index(metrics.last_applied),
+            checkpoint: index(metrics.snapshot),
+            purged: index(metrics.purged),
+            voters: membership.voter_ids().collect(),
+            learners: membership.learner_ids().collect(),
+            matched,
+        }
+    }
+
+    fn stopped(&self, reason: impl std::fmt::Display) -> Error {
+        Error::Stopped { group: self.id, reason: reason.to_string() }
+    }
+
+    fn timed_out(&self, reason: impl std::fmt::Display) -> Error {
+        Error::Timeout { group: self.id, reason: reason.to_string() }
+    }
+}

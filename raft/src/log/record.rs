@@ -1,0 +1,70 @@
+//! How entries and the small per-group records are laid out in raft-engine.
+
+use std::io;
+
+use protobuf::well_known_types::BytesValue;
+use raft_engine::MessageExt;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use shoal_proto::codec;
+
+/// The key of a group's vote.
+pub(super) const VOTE: &[u8] = b"vote";
+/// The key of the log id up to which a group's log is purged.
+pub(super) const PURGED: &[u8] = b"purged";
+/// The key of the last committed log id that the group wrote down.
+pub(super) const COMMITTED: &[u8] = b"committed";
+/// The key of a truncation: the last index that counts, until the next append removes it.
+pub(super) const TAIL: &[u8] = b"tail";
+
+/// An entry for raft-engine: eight bytes of index, four of checksum, then the encoded entry.
+/// The checksum covers group and index too, so that a misplaced entry cannot pass for another.
+#[derive(Clone)]
+pub(super) struct Record;
+
+const HEAD: usize = 12;
+
+impl MessageExt for Record {
+    type Entry = BytesValue;
+
+    fn index(entry: &BytesValue) -> u64 {
+        u64::from_le_bytes(entry.value[..8].try_into().expect("a record starts with its index"))
+    }
+}
+
+pub(super) fn wrap(group: u64, index: u64, body: &[u8]) -> BytesValue {
+    let mut value = Vec::with_capacity(HEAD + body.len());
+    value.extend_from_slice(&index.to_le_bytes());
+    value.extend_from_slice(&checksum(group, index, body).to_le_bytes());
+    value.extend_from_slice(body);
+    BytesValue { value, ..BytesValue::default() }
+}
+
+pub(super) fn unwrap(group: u64, entry: &BytesValue) -> io::Result<&[u8]> {
+    let (head, body) = entry.value.split_at_checked(HEAD).ok_or_else(|| damaged(group, "short"))?;
+    let stored = u32::from_le_bytes(head[8..].try_into().expect("four bytes"));
+    if stored != checksum(group, Record::index(entry), body) {
+        return Err(damaged(group, "wrong checksum"));
+    }
+    Ok(body)
+}
+
+fn checksum(group: u64, index: u64, body: &[u8]) -> u32 {
+    let mut hasher = crc32fast::Hasher::new();
+    hasher.update(&group.to_le_bytes());
+    hasher.update(&index.to_le_bytes());
+    hasher.update(body);
+    hasher.finalize()
+}
+
+fn damaged(group: u64, what: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, format!("log entry of group {group} is damaged: {what}"))
+}
+
+pub(super) fn to_bytes<T: Serialize>(value: &T) -> Vec<u8> {
+    codec::encode(value)
+}
+
+pub(super) fn from_bytes<T: DeserializeOwned>(bytes: &[u8]) -> io::Result<T> {
+    codec::decode(bytes).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+}

@@ -1,0 +1,210 @@
+//! openraft's own conformance suite on our log, with the log reopened between its steps, and
+//! the cases that the suite does not know: group commit, restarts, truncation, damage.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use openraft::storage::RaftLogStorage;
+use openraft::testing::log::{StoreBuilder, Suite};
+use openraft::type_config::TypeConfigExt;
+use openraft::{Entry, EntryPayload, RaftLogReader, StorageError};
+use parking_lot::Mutex;
+use shoal_proto::{GroupId, NodeId};
+use tempfile::TempDir;
+
+use super::*;
+use crate::machine::{Committed, Export, Machine, StateMachine};
+use crate::types::{EntryOf, LogIdOf, Payload, TypeConfig, VoteOf};
+
+/// The smallest state machine: it remembers its tag and every command.
+#[derive(Default)]
+struct Recorder(Mutex<(Option<Vec<u8>>, BTreeMap<u64, Bytes>)>);
+
+struct Empty;
+
+impl Export for Empty {
+    fn next_piece(&self) -> io::Result<Option<Vec<u8>>> {
+        Ok(None)
+    }
+}
+
+impl StateMachine for Recorder {
+    fn applied_tag(&self) -> io::Result<Option<Vec<u8>>> {
+        Ok(self.0.lock().0.clone())
+    }
+
+    fn apply(&self, entries: Vec<Committed>) -> io::Result<Vec<Bytes>> {
+        let mut state = self.0.lock();
+        Ok(entries
+            .into_iter()
+            .map(|entry| {
+                state.0 = Some(entry.tag);
+                let command = entry.command.unwrap_or_default();
+                state.1.insert(entry.index, command.clone());
+                command
+            })
+            .collect())
+    }
+
+    fn checkpoint(&self) -> io::Result<Option<Vec<u8>>> {
+        self.applied_tag()
+    }
+
+    fn export(&self) -> io::Result<(Option<Vec<u8>>, Box<dyn Export>)> {
+        Ok((self.applied_tag()?, Box::new(Empty)))
+    }
+
+    fn install(&self, tag: Vec<u8>, _file: &Path) -> io::Result<()> {
+        self.0.lock().0 = Some(tag);
+        Ok(())
+    }
+}
+
+struct Builder;
+
+impl StoreBuilder<TypeConfig, GroupLog, Machine, TempDir> for Builder {
+    async fn build(&self) -> Result<(TempDir, GroupLog, Machine), StorageError<TypeConfig>> {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let log = open(dir.path()).await;
+        let machine = Machine::new(Arc::new(Recorder::default()), dir.path()).expect("a fresh machine opens");
+        Ok((dir, log, machine))
+    }
+}
+
+async fn open(dir: &Path) -> GroupLog {
+    // The writer thread of the log before this one may need a moment to let go of the lock.
+    for _ in 0..500 {
+        if let Ok(store) = LogStore::open(&dir.join("log"), &LogConfig::default()) {
+            return store.group(GroupId(7)).await.expect("the group opens");
+        }
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    panic!("the log did not open within five seconds");
+}
+
+fn entry(term: u64, index: u64) -> EntryOf<TypeConfig> {
+    let body = Bytes::from(format!("{term}-{index}").into_bytes());
+    Entry {
+        log_id: LogIdOf::<TypeConfig>::new_term_index(term, index),
+        payload: EntryPayload::Normal(Payload(body)),
+    }
+}
+
+async fn append(log: &mut GroupLog, entries: Vec<EntryOf<TypeConfig>>) {
+    let (done, synced) = TypeConfig::oneshot();
+    log.append(entries, openraft::storage::IOFlushed::signal(done)).await.expect("appends");
+    synced.await.expect("signalled").expect("synced");
+}
+
+async fn indexes(log: &mut GroupLog) -> Vec<(u64, u64)> {
+    let entries = log.try_get_log_entries(..).await.expect("readable");
+    entries.iter().map(|entry| (entry.log_id.leader_id.term, entry.log_id.index)).collect()
+}
+
+#[test]
+fn openraft_conformance_suite() {
+    TypeConfig::run(async { Suite::test_all(Builder).await.expect("the suite passes") });
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn everything_is_there_after_a_restart() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let vote = VoteOf::<TypeConfig>::new(3, NodeId(2));
+    {
+        let mut log = open(dir.path()).await;
+        log.save_vote(&vote).await.expect("saved");
+        append(&mut log, (1..=10).map(|index| entry(1, index)).collect()).await;
+        log.purge(LogIdOf::<TypeConfig>::new_term_index(1, 3)).await.expect("purged");
+    }
+    let mut log = open(dir.path()).await;
+    assert_eq!(log.read_vote().await.expect("readable"), Some(vote));
+    let state = log.get_log_state().await.expect("readable");
+    assert_eq!(state.last_purged_log_id.map(|id| id.index), Some(3));
+    assert_eq!(state.last_log_id.map(|id| id.index), Some(10));
+    assert_eq!(indexes(&mut log).await, (4..=10).map(|index| (1, index)).collect::<Vec<_>>());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cut_tail_does_not_come_back_after_a_restart() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    {
+        let mut log = open(dir.path()).await;
+        append(&mut log, (1..=10).map(|index| entry(1, index)).collect()).await;
+        log.truncate_after(Some(LogIdOf::<TypeConfig>::new_term_index(1, 6))).await.expect("cut");
+    }
+    {
+        let mut log = open(dir.path()).await;
+        assert_eq!(log.get_log_state().await.expect("readable").last_log_id.map(|id| id.index), Some(6));
+        assert_eq!(indexes(&mut log).await.len(), 6);
+        append(&mut log, vec![entry(2, 7)]).await;
+    }
+    let mut log = open(dir.path()).await;
+    let expected: Vec<_> = (1..=6).map(|index| (1, index)).chain([(2, 7)]).collect();
+    assert_eq!(indexes(&mut log).await, expected);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_purge_beyond_a_cut_tail_leaves_nothing_stale() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    {
+        let mut log = open(dir.path()).await;
+        append(&mut log, (1..=10).map(|index| entry(1, index)).collect()).await;
+        log.truncate_after(Some(LogIdOf::<TypeConfig>::new_term_index(1, 5))).await.expect("cut");
+        log.purge(LogIdOf::<TypeConfig>::new_term_index(2, 8)).await.expect("purged");
+    }
+    let mut log = open(dir.path()).await;
+    assert_eq!(log.get_log_state().await.expect("readable").last_log_id.map(|id| id.index), Some(8));
+    assert_eq!(indexes(&mut log).await, []);
+    append(&mut log, vec![entry(2, 9)]).await;
+    assert_eq!(indexes(&mut log).await, [(2, 9)]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn entries_beyond_the_cache_are_read_back() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let mut log = open(dir.path()).await;
+    let big = Bytes::from(vec![7u8; 1 << 20]);
+    for index in 1..=40 {
+        let log_id = LogIdOf::<TypeConfig>::new_term_index(1, index);
+        append(&mut log, vec![Entry { log_id, payload: EntryPayload::Normal(Payload(big.clone())) }]).await;
+    }
+    let mut next = 1;
+    while next <= 40 {
+        let entries = log.limited_get_log_entries(next, 41).await.expect("readable");
+        assert_eq!(entries.first().map(|entry| entry.log_id.index), Some(next), "no gap");
+        next += entries.len() as u64;
+    }
+    assert_eq!(next, 41);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn groups_do_not_see_each_other_and_can_be_forgotten() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let store = LogStore::open(&dir.path().join("log"), &LogConfig::default()).expect("opens");
+    let mut logs = Vec::new();
+    for id in 1..=20 {
+        logs.push(store.group(GroupId(id)).await.expect("opens"));
+    }
+    let writes = logs.iter_mut().map(|log| append(log, (1..=5).map(|index| entry(1, index)).collect()));
+    futures::future::join_all(writes).await;
+    for log in &mut logs {
+        assert_eq!(indexes(log).await.len(), 5);
+    }
+    store.forget(GroupId(3)).await.expect("forgotten");
+    assert_eq!(store.groups().await.expect("listed").len(), 19);
+    let mut again = store.group(GroupId(3)).await.expect("opens");
+    assert_eq!(indexes(&mut again).await, []);
+}
+
+#[test]
+fn a_damaged_or_misplaced_record_is_refused() {
+    let good = record::wrap(7, 3, b"body");
+    assert_eq!(record::unwrap(7, &good).expect("whole"), b"body");
+    assert!(record::unwrap(8, &good).is_err(), "another group's record");
+    let mut flipped = good.clone();
+    flipped.value[14] ^= 1;
+    assert!(record::unwrap(7, &flipped).is_err(), "a flipped bit");
+}
