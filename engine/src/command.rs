@@ -1,0 +1,400 @@
+//! What can be asked of a shard: commands, which go through its log, and reads.
+
+use serde::{Deserialize, Serialize};
+use shoal_proto::{BlobHash, ChunkerConfig, DocumentId, Error, FieldType, PointId, RequestId};
+
+/// A command with the id that makes a retry of it harmless.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Envelope {
+    /// The client's idempotency key or one made at the edge; none for work that is idempotent
+    /// by itself.
+    pub request_id: Option<RequestId>,
+    /// Seconds since the Unix epoch at the proposer. The state never reads a clock.
+    pub now: u64,
+    /// The command.
+    pub command: Command,
+}
+
+/// A point with its vectors by name, and its payload as a JSON object.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Point {
+    /// The id.
+    pub id: PointId,
+    /// Dense vectors by name; the unnamed one has the empty name.
+    pub vectors: Vec<(String, Vec<f32>)>,
+    /// One JSON object, or empty for none.
+    pub payload: String,
+}
+
+/// Which points a command is about.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Target {
+    /// These, where they exist.
+    Ids(Vec<PointId>),
+    /// All that a filter (JSON) keeps at the moment of applying.
+    Filter(String),
+}
+
+/// How a payload is changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PayloadMode {
+    /// Keys given replace keys there; others stay.
+    Merge,
+    /// The whole payload is replaced.
+    Overwrite,
+}
+
+/// A change of a shard's state. Deterministic: everything that is not (times, embeddings) was
+/// computed before it was proposed.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Command {
+    /// Inserts points, or replaces them wholly.
+    Upsert(Vec<Point>),
+    /// Deletes points.
+    Delete(Target),
+    /// Sets payload keys of points.
+    SetPayload {
+        /// Which points.
+        target: Target,
+        /// One JSON object.
+        payload: String,
+        /// Merge or overwrite.
+        mode: PayloadMode,
+    },
+    /// Removes payload keys of points; all of them when `keys` is absent.
+    DeletePayload {
+        /// Which points.
+        target: Target,
+        /// Which keys.
+        keys: Option<Vec<String>>,
+    },
+    /// Builds a payload index, or drops it.
+    SetPayloadIndex {
+        /// The payload path.
+        field: String,
+        /// The kind, or none to drop it.
+        index: Option<FieldType>,
+    },
+    /// Notes a file of the built-in files collection.
+    PutFile(FileRecord),
+    /// Forgets a file.
+    DeleteFile(DocumentId),
+    /// Accepts a document: from here on it cannot be lost.
+    AcceptDocument {
+        /// Its id, that of its file.
+        id: DocumentId,
+        /// The file's name.
+        filename: String,
+        /// The original bytes.
+        blob: BlobHash,
+        /// Their number.
+        bytes: u64,
+        /// The user's attributes: one JSON object.
+        attributes: String,
+        /// How it is cut.
+        chunker: ChunkerConfig,
+    },
+    /// A document's processing has reached a stage, or starts over.
+    NoteProgress {
+        /// The document.
+        id: DocumentId,
+        /// The version this is about; news of an older one is ignored.
+        version: u64,
+        /// The stage reached.
+        stage: Stage,
+        /// Chunks expected in all, once known.
+        total_chunks: u32,
+        /// Whether this begins a new attempt.
+        new_attempt: bool,
+    },
+    /// Some chunks of a version that is not visible yet.
+    StageChunks {
+        /// The document.
+        id: DocumentId,
+        /// The version.
+        version: u64,
+        /// The index of the first chunk.
+        first: u32,
+        /// The chunks, as points.
+        points: Vec<Point>,
+    },
+    /// The version becomes visible and the one before goes, in one step.
+    PublishDocument {
+        /// The document.
+        id: DocumentId,
+        /// The version.
+        version: u64,
+        /// How many chunks must have been staged.
+        chunks: u32,
+    },
+    /// Processing has failed for good, or was cancelled.
+    EndDocument {
+        /// The document.
+        id: DocumentId,
+        /// The version.
+        version: u64,
+        /// `Failed` or `Cancelled`.
+        state: DocumentState,
+        /// The reason, for the user.
+        reason: String,
+    },
+    /// Replaces the user's attributes of a document and of its chunks.
+    SetAttributes {
+        /// The document.
+        id: DocumentId,
+        /// One JSON object.
+        attributes: String,
+    },
+    /// Deletes a document with its chunks.
+    DeleteDocument(DocumentId),
+}
+
+/// A file of the built-in files collection: a name for a blob.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FileRecord {
+    /// The id.
+    pub id: DocumentId,
+    /// The file's name.
+    pub filename: String,
+    /// The original bytes.
+    pub blob: BlobHash,
+    /// Their number.
+    pub bytes: u64,
+    /// What it is for, in OpenAI's words (`assistants`, `user_data`, …).
+    pub purpose: String,
+    /// Seconds since the Unix epoch.
+    pub created_at: u64,
+}
+
+/// Where a document's processing is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Stage {
+    /// Accepted; nobody works on it yet.
+    Queued,
+    /// A parser has it.
+    Parsing,
+    /// Chunks are being embedded and staged.
+    Embedding,
+    /// Visible.
+    Published,
+}
+
+/// What has become of a document.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DocumentState {
+    /// Waiting or being processed.
+    InProgress,
+    /// Searchable.
+    Completed,
+    /// Given up, with a reason.
+    Failed,
+    /// Stopped by the user.
+    Cancelled,
+}
+
+/// A document's record.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Document {
+    /// The id.
+    pub id: DocumentId,
+    /// The file's name.
+    pub filename: String,
+    /// The original bytes.
+    pub blob: BlobHash,
+    /// Their number.
+    pub bytes: u64,
+    /// The user's attributes: one JSON object.
+    pub attributes: String,
+    /// How it is cut.
+    pub chunker: ChunkerConfig,
+    /// The log index at which this version was accepted.
+    pub version: u64,
+    /// What has become of it.
+    pub state: DocumentState,
+    /// Where its processing is.
+    pub stage: Stage,
+    /// Attempts begun.
+    pub attempts: u32,
+    /// The last error, for the user.
+    pub error: Option<String>,
+    /// Chunks staged so far: a new leader goes on from here.
+    pub staged_chunks: u32,
+    /// Chunks expected in all, zero until known.
+    pub total_chunks: u32,
+    /// The visible version and its number of chunks, if one is visible.
+    pub published: Option<(u64, u32)>,
+    /// Seconds since the Unix epoch.
+    pub created_at: u64,
+    /// Seconds since the Unix epoch.
+    pub updated_at: u64,
+}
+
+/// What a command did.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Outcome {
+    /// Done; so many points were touched.
+    Done(u64),
+    /// The document as it is now.
+    Document(Box<Document>),
+    /// Nothing of that name.
+    Absent,
+    /// Refused: the same on every replica.
+    Rejected(Error),
+}
+
+/// Which payload keys come with an answer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Select {
+    /// None.
+    Nothing,
+    /// All.
+    All,
+    /// Only these.
+    Include(Vec<String>),
+    /// All but these.
+    Exclude(Vec<String>),
+}
+
+/// One list of a search: by vector or by words.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Leg {
+    /// Nearest vectors.
+    Dense {
+        /// The vector's name.
+        using: String,
+        /// The query.
+        vector: Vec<f32>,
+        /// Search every vector instead of the graph.
+        exact: bool,
+        /// Candidates while searching the graph; the default grows with the limit.
+        ef: Option<usize>,
+    },
+    /// Nearest vectors to the vector of a point of this shard.
+    Near {
+        /// The vector's name.
+        using: String,
+        /// The point.
+        id: PointId,
+    },
+    /// Best matches of words (BM25) over the text fields.
+    Text {
+        /// The words.
+        query: String,
+    },
+}
+
+/// A search of one shard.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Search {
+    /// The lists wanted; each is answered on its own, so that they can be fused over shards.
+    pub legs: Vec<Leg>,
+    /// A filter as JSON.
+    pub filter: Option<String>,
+    /// Hits of each list.
+    pub limit: usize,
+    /// The worst score that counts.
+    pub score_threshold: Option<f32>,
+    /// Which payload keys come along.
+    pub payload: Select,
+    /// Which vectors come along.
+    pub vectors: Select,
+}
+
+/// One hit, or one point that was read.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Hit {
+    /// The id.
+    pub id: PointId,
+    /// The score; zero where nothing was scored.
+    pub score: f32,
+    /// The log index that wrote the point last.
+    pub version: u64,
+    /// The selected payload as a JSON object.
+    pub payload: Option<String>,
+    /// The selected vectors.
+    pub vectors: Option<Vec<(String, Vec<f32>)>>,
+}
+
+/// A question to a shard.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Read {
+    /// Search.
+    Search(Search),
+    /// Points by id; those that do not exist are left out.
+    Get {
+        /// The ids.
+        ids: Vec<PointId>,
+        /// Which payload keys come along.
+        payload: Select,
+        /// Which vectors come along.
+        vectors: Select,
+    },
+    /// Points in the order of their ids.
+    Scroll {
+        /// The first id that may come.
+        from: Option<PointId>,
+        /// A filter as JSON.
+        filter: Option<String>,
+        /// How many.
+        limit: usize,
+        /// Which payload keys come along.
+        payload: Select,
+        /// Which vectors come along.
+        vectors: Select,
+    },
+    /// How many points a filter keeps.
+    Count {
+        /// A filter as JSON.
+        filter: Option<String>,
+    },
+    /// A file's record.
+    GetFile(DocumentId),
+    /// Files, newest first.
+    ListFiles,
+    /// A document's record.
+    GetDocument(DocumentId),
+    /// Documents, by state when one is given.
+    ListDocuments(Option<DocumentState>),
+    /// The text of a document's visible chunks, in order.
+    GetChunks(DocumentId),
+    /// Numbers about the shard.
+    Stats,
+}
+
+/// Numbers about a shard.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stats {
+    /// Points that exist.
+    pub points: u64,
+    /// Vectors in a graph.
+    pub indexed_vectors: u64,
+    /// Vectors that are still searched exactly because no graph has them yet.
+    pub pending_vectors: u64,
+    /// Documents by state: in progress, completed, failed, cancelled.
+    pub documents: [u64; 4],
+    /// Bytes of the visible documents' originals.
+    pub document_bytes: u64,
+    /// Bytes of the store on disk.
+    pub disk_bytes: u64,
+    /// Graph segments.
+    pub segments: u64,
+}
+
+/// An answer to a question.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Answer {
+    /// One list of hits per leg.
+    Lists(Vec<Vec<Hit>>),
+    /// Points.
+    Points(Vec<Hit>),
+    /// A number.
+    Count(u64),
+    /// Files.
+    Files(Vec<FileRecord>),
+    /// Documents.
+    Documents(Vec<Document>),
+    /// Texts with their JSON payloads.
+    Chunks(Vec<String>),
+    /// Numbers about the shard.
+    Stats(Stats),
+}

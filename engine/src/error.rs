@@ -1,0 +1,56 @@
+//! What can go wrong inside a shard.
+
+use shoal_proto::ErrorCode;
+
+/// A failure of this crate. A bad command is not one: it gets a rejection as its outcome.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The store could not be read or written.
+    #[error("the shard's store failed: {0}")]
+    Store(#[from] sled::Error),
+    /// A file could not be read or written.
+    #[error("a file of the shard failed: {0}")]
+    Io(#[from] std::io::Error),
+    /// A stored value fails its checksum or does not decode. It is never served; the replica
+    /// has to be rebuilt from another one.
+    #[error("stored value {key} is damaged: {reason}")]
+    Damaged {
+        /// The key, readable.
+        key: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The vector graph refused.
+    #[error("the vector graph failed: {0}")]
+    Graph(String),
+    /// The text index refused.
+    #[error("the text index failed: {0}")]
+    Text(#[from] tantivy::TantivyError),
+    /// A read asked for something that cannot be.
+    #[error(transparent)]
+    Refused(#[from] shoal_proto::Error),
+}
+
+impl From<Error> for shoal_proto::Error {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Refused(refused) => refused,
+            Error::Store(_) | Error::Io(_) | Error::Damaged { .. } | Error::Graph(_) | Error::Text(_) => {
+                shoal_proto::Error::new(ErrorCode::Internal, error)
+            }
+        }
+    }
+}
+
+impl From<Error> for std::io::Error {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Io(error) => error,
+            other => std::io::Error::other(other),
+        }
+    }
+}
+
+/// A result with [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;

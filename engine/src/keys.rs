@@ -1,0 +1,58 @@
+//! Where things are in a shard's store. Big-endian numbers, so that keys sort as values do.
+//!
+//! ```text
+//! I <point id>            slot of a point          F <file id>        file record
+//! P <slot>                id, version, payload     D <document id>    document record
+//! V <slot> <vector name>  f32 vector               S <document id> <version> <chunk>  staged chunk
+//! R <sequence>            an answered request      M <name>           tag, next slot, indexes
+//! ```
+
+use shoal_proto::{DocumentId, PointId};
+
+pub(crate) const ID: u8 = b'I';
+pub(crate) const POINT: u8 = b'P';
+pub(crate) const VECTOR: u8 = b'V';
+pub(crate) const REQUEST: u8 = b'R';
+pub(crate) const FILE: u8 = b'F';
+pub(crate) const DOCUMENT: u8 = b'D';
+pub(crate) const STAGED: u8 = b'S';
+
+pub(crate) const TAG: &[u8] = b"Mtag";
+pub(crate) const NEXT_SLOT: &[u8] = b"Mnext_slot";
+pub(crate) const INDEXES: &[u8] = b"Mindexes";
+
+pub(crate) fn id(id: PointId) -> Vec<u8> {
+    [&[ID][..], &id.to_key()].concat()
+}
+
+pub(crate) fn point(slot: u32) -> Vec<u8> {
+    [&[POINT][..], &slot.to_be_bytes()].concat()
+}
+
+pub(crate) fn vector(slot: u32, name: &str) -> Vec<u8> {
+    [&[VECTOR][..], &slot.to_be_bytes(), name.as_bytes()].concat()
+}
+
+pub(crate) fn request(sequence: u64) -> Vec<u8> {
+    [&[REQUEST][..], &sequence.to_be_bytes()].concat()
+}
+
+pub(crate) fn file(id: DocumentId) -> Vec<u8> {
+    [&[FILE][..], &id.0].concat()
+}
+
+pub(crate) fn document(id: DocumentId) -> Vec<u8> {
+    [&[DOCUMENT][..], &id.0].concat()
+}
+
+/// Without a chunk: the prefix of all chunks of the version; without a version: of the document.
+pub(crate) fn staged(id: DocumentId, version: Option<u64>, chunk: Option<u32>) -> Vec<u8> {
+    let mut key = [&[STAGED][..], &id.0].concat();
+    if let Some(version) = version {
+        key.extend_from_slice(&version.to_be_bytes());
+    }
+    if let Some(chunk) = chunk {
+        key.extend_from_slice(&chunk.to_be_bytes());
+    }
+    key
+}

@@ -1,0 +1,258 @@
+//! One shard replica: a directory with generations, a state behind a lock, background work.
+//!
+//! ```text
+//!  <dir>/CURRENT           names the generation that counts; replaced atomically
+//!  <dir>/gen-000007/store  sled: the truth          gen-000007/graphs, gen-000007/text: derived
+//! ```
+//!
+//! The durability order, which every change here must keep:
+//!
+//! ```text
+//!  log entry durable ─▶ apply (store, volatile) ─▶ checkpoint durable ─▶ log purged below it
+//!  on a majority         readers see it             flush + our fsyncs     never before
+//! ```
+//!
+//! After a crash the store is at some position at or after its last checkpoint, and the log
+//! holds everything after that checkpoint; applying it again brings back the rest.
+
+use std::fs::File;
+use std::io::{Read as _, Write as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use parking_lot::{Mutex, RwLock};
+use shoal_proto::CollectionConfig;
+
+use crate::command::{Answer, Read};
+use crate::error::{Error, Result};
+use crate::keys;
+use crate::state::{State, read_point, text_of};
+use crate::store::{ExportCursor, Store, sync_dir};
+use crate::text::{COMMIT_DOCUMENTS, TextIndex};
+use crate::vectors::Vectors;
+
+/// One entry of the log on its way into the shard.
+pub struct Entry {
+    /// Its index.
+    pub index: u64,
+    /// Opaque bytes, stored in the same step as the entry's effect.
+    pub tag: Vec<u8>,
+    /// An encoded [`crate::command::Envelope`]; none for entries that are Raft's own.
+    pub command: Option<Vec<u8>>,
+}
+
+/// One shard replica. Reads run in parallel; applies are serial and short.
+pub struct Shard {
+    dir: PathBuf,
+    config: CollectionConfig,
+    state: RwLock<State>,
+    generation: Mutex<u64>,
+    /// Held by whoever does background work, so that there is only one.
+    background: Mutex<()>,
+}
+
+impl Shard {
+    /// Opens or creates a shard replica in a directory of its own.
+    pub fn open(dir: &Path, config: CollectionConfig) -> Result<Shard> {
+        std::fs::create_dir_all(dir)?;
+        let generation = match std::fs::read_to_string(dir.join("CURRENT")) {
+            Ok(text) => {
+                text.trim().parse().map_err(|_| Error::Damaged { key: "CURRENT".into(), reason: text })?
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => 0,
+            Err(error) => return Err(error.into()),
+        };
+        let state = State::open(&generation_dir(dir, generation), config.clone())?;
+        if generation == 0 {
+            set_current(dir, 0)?;
+        }
+        drop_other_generations(dir, generation)?;
+        Ok(Shard {
+            dir: dir.to_owned(),
+            config,
+            state: RwLock::new(state),
+            generation: Mutex::new(generation),
+            background: Mutex::new(()),
+        })
+    }
+
+    /// The schema that the shard was opened with.
+    pub fn config(&self) -> &CollectionConfig {
+        &self.config
+    }
+
+    /// Applies entries in order; answers each with an encoded [`crate::command::Outcome`].
+    ///
+    /// # Errors
+    /// Only when the replica itself is broken; a bad command is answered with a rejection.
+    pub fn apply(&self, entries: Vec<Entry>) -> Result<Vec<Vec<u8>>> {
+        let mut outcomes = Vec::with_capacity(entries.len());
+        for entry in entries {
+            // The lock is taken per entry, so that searches get their turn in a long batch.
+            let mut state = self.state.write();
+            outcomes.push(state.apply(entry.index, entry.tag, entry.command.as_deref())?);
+        }
+        Ok(outcomes)
+    }
+
+    /// Answers a question from what is applied.
+    pub fn read(&self, question: &Read) -> Result<Answer> {
+        self.state.read().read(question)
+    }
+
+    /// The tag of the last applied entry.
+    pub fn applied_tag(&self) -> Result<Option<Vec<u8>>> {
+        self.state.read().store.get(keys::TAG)
+    }
+
+    /// Makes everything applied so far durable and returns its tag. Derived files are brought
+    /// along first, so that a restart has little to redo.
+    pub fn checkpoint(&self) -> Result<Option<Vec<u8>>> {
+        self.save_derived(false)?;
+        let (tag, store) = {
+            let state = self.state.read();
+            (state.store.get(keys::TAG)?, state.store.clone())
+        };
+        // The lock is free again: what is applied meanwhile becomes durable too, no harm.
+        store.checkpoint()?;
+        Ok(tag)
+    }
+
+    /// Does one step of background work: moves vectors into graphs, commits text. Returns
+    /// whether there is more to do at once.
+    pub fn work(&self) -> Result<bool> {
+        let Some(_guard) = self.background.try_lock() else { return Ok(false) };
+        let derived = self.derived();
+        for vectors in &derived.vectors {
+            if vectors.has_work() {
+                let live = self.state.read().live.clone();
+                if vectors.index_some(&|slot| live.contains(slot))? {
+                    return Ok(true);
+                }
+            }
+        }
+        if derived.text.as_ref().is_some_and(|text| text.waiting() >= COMMIT_DOCUMENTS) {
+            derived.commit_text(&self.config)?;
+        }
+        Ok(false)
+    }
+
+    /// Saves graphs and text. With `all`, as for a planned stop, even where little has changed.
+    pub fn save_derived(&self, all: bool) -> Result<()> {
+        let _guard = self.background.lock();
+        let derived = self.derived();
+        for vectors in &derived.vectors {
+            vectors.save(all)?;
+        }
+        derived.commit_text(&self.config)
+    }
+
+    /// Handles to the parts that background work touches, so that it never holds the state's
+    /// lock, which `apply` needs.
+    fn derived(&self) -> Derived {
+        let state = self.state.read();
+        Derived {
+            vectors: state.vectors.values().cloned().collect(),
+            text: state.text.clone(),
+            store: state.store.clone(),
+            applied: state.applied,
+        }
+    }
+
+    /// Fixes a consistent copy with its tag, to be read while the shard goes on.
+    pub fn export(&self) -> Result<(Option<Vec<u8>>, ExportCursor)> {
+        // No write runs while the cursor is made.
+        let state = self.state.write();
+        Ok((state.store.get(keys::TAG)?, state.store.export()))
+    }
+
+    /// Replaces the state by an export in a file of frames (length, CRC-32, piece). A crash
+    /// leaves the old state or the new one.
+    pub fn install(&self, tag: &[u8], file: &Path) -> Result<()> {
+        let _guard = self.background.lock();
+        let mut current = self.generation.lock();
+        let next = *current + 1;
+        let dir = generation_dir(&self.dir, next);
+        if dir.exists() {
+            std::fs::remove_dir_all(&dir)?;
+        }
+        std::fs::create_dir_all(&dir)?;
+        {
+            let store = Store::open(&dir.join("store"))?;
+            load_frames(&store, file)?;
+            let mut batch = crate::store::Batch::default();
+            batch.put(keys::TAG.to_vec(), tag.to_vec());
+            store.commit(batch)?;
+            store.checkpoint()?;
+        }
+        sync_dir(&dir)?;
+        let fresh = State::open(&dir, self.config.clone())?;
+        set_current(&self.dir, next)?;
+        let old = std::mem::replace(&mut *self.state.write(), fresh);
+        *current = next;
+        drop(old);
+        drop_other_generations(&self.dir, next)?;
+        Ok(())
+    }
+}
+
+struct Derived {
+    vectors: Vec<Arc<Vectors>>,
+    text: Option<Arc<TextIndex>>,
+    store: Arc<Store>,
+    applied: u64,
+}
+
+impl Derived {
+    fn commit_text(&self, config: &CollectionConfig) -> Result<()> {
+        let Some(text) = &self.text else { return Ok(()) };
+        text.commit(self.applied, &|slot| {
+            let record = read_point(&self.store, slot)?;
+            Ok(record.map(|record| text_of(config, &record.payload_map())))
+        })
+    }
+}
+
+fn load_frames(store: &Store, file: &Path) -> Result<()> {
+    let broken = |reason: &str| Error::Damaged { key: "snapshot".into(), reason: reason.into() };
+    let mut reader = std::io::BufReader::new(File::open(file)?);
+    loop {
+        let mut head = [0u8; 8];
+        reader.read_exact(&mut head).map_err(|_| broken("it ends early"))?;
+        let length = u32::from_le_bytes(head[..4].try_into().expect("four bytes")) as usize;
+        if length == 0 {
+            return Ok(());
+        }
+        let mut piece = Vec::new();
+        reader.by_ref().take(length as u64).read_to_end(&mut piece)?;
+        if piece.len() != length || head[4..] != crc32fast::hash(&piece).to_le_bytes() {
+            return Err(broken("a piece is short or has the wrong checksum"));
+        }
+        store.import(&piece)?;
+    }
+}
+
+fn generation_dir(dir: &Path, generation: u64) -> PathBuf {
+    dir.join(format!("gen-{generation:06}"))
+}
+
+fn set_current(dir: &Path, generation: u64) -> Result<()> {
+    let fresh = dir.join("CURRENT.fresh");
+    let mut file = File::create(&fresh)?;
+    writeln!(file, "{generation}")?;
+    file.sync_all()?;
+    std::fs::rename(&fresh, dir.join("CURRENT"))?;
+    Ok(sync_dir(dir)?)
+}
+
+fn drop_other_generations(dir: &Path, keep: u64) -> Result<()> {
+    let keep = generation_dir(dir, keep);
+    for entry in std::fs::read_dir(dir)? {
+        let path = entry?.path();
+        let is_generation = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("gen-"));
+        if is_generation && path != keep {
+            std::fs::remove_dir_all(&path)?;
+        }
+    }
+    Ok(())
+}

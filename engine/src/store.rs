@@ -1,0 +1,446 @@
+//! The shard's truth on disk: a checked key-value store over one sled instance.
+//!
+//! - Every value carries a version byte and a CRC-32 over key and value; what fails it is an
+//!   error, never an answer.
+//! - Values over [`PART_BYTES`] are stored in parts, because sled moves large ones to files
+//!   that it never syncs.
+//! - sled's own `flush` does not reach the disk for certain (it ends in `sync_file_range`), so
+//!   only [`Store::checkpoint`], which adds our own fsyncs, makes anything durable.
+//! - An [`ExportCursor`] is a consistent copy that is read while writes go on: before a write
+//!   changes a key that the cursor has not reached yet, the old value is set aside for it.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Weak};
+
+use parking_lot::Mutex;
+
+use crate::error::{Error, Result};
+
+/// Larger values are stored in parts of this many bytes. A sled page holds up to 16 values and
+/// must stay well under a quarter of a segment.
+pub const PART_BYTES: usize = 24 << 10;
+/// sled's segment size, in bytes: a quarter of it bounds a page.
+const SEGMENT_BYTES: usize = 2 << 20;
+/// Bytes that sled may cache per shard.
+const CACHE_BYTES: u64 = 64 << 20;
+/// Keys read at a time by an export.
+const EXPORT_STEP: usize = 256;
+/// Bytes after which an export's piece is handed out.
+const EXPORT_PIECE_BYTES: usize = 1 << 20;
+
+const PLAIN: u8 = 1;
+const PARTED: u8 = 2;
+/// Keys of parts start with this byte; no other key does.
+const PART_PREFIX: u8 = 0xFF;
+
+/// One atomic change.
+#[derive(Default)]
+pub struct Batch {
+    puts: BTreeMap<Vec<u8>, Option<Vec<u8>>>,
+}
+
+impl Batch {
+    /// Sets a key.
+    pub fn put(&mut self, key: Vec<u8>, value: Vec<u8>) {
+        self.puts.insert(key, Some(value));
+    }
+
+    /// Removes a key.
+    pub fn remove(&mut self, key: Vec<u8>) {
+        self.puts.insert(key, None);
+    }
+
+    /// What this batch does to a key, if anything.
+    pub fn get(&self, key: &[u8]) -> Option<Option<&[u8]>> {
+        self.puts.get(key).map(|value| value.as_deref())
+    }
+}
+
+/// A checked key-value store in one directory.
+pub struct Store {
+    db: sled::Db,
+    dir: PathBuf,
+    exports: Arc<Mutex<Vec<Weak<Mutex<ExportState>>>>>,
+}
+
+impl Store {
+    /// Opens or creates the store.
+    pub fn open(dir: &Path) -> Result<Store> {
+        std::fs::create_dir_all(dir)?;
+        set_half_made_snapshots_aside(dir)?;
+        let db = sled::Config::new()
+            .path(dir)
+            .cache_capacity(CACHE_BYTES)
+            .segment_size(SEGMENT_BYTES)
+            .mode(sled::Mode::HighThroughput)
+            .flush_every_ms(Some(500))
+            .open()?;
+        Ok(Store { db, dir: dir.to_owned(), exports: Arc::default() })
+    }
+
+    /// The value of a key.
+    pub fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>> {
+        match self.db.get(key)? {
+            Some(stored) => self.open_value(key, &stored).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// All keys with a prefix, in order, with their values.
+    pub fn scan<'a>(&'a self, prefix: &[u8]) -> impl Iterator<Item = Result<(Vec<u8>, Vec<u8>)>> + 'a {
+        self.db.scan_prefix(prefix).map(|item| self.open_item(item))
+    }
+
+    /// All keys from `start` on that have a prefix, in order, with their values.
+    pub fn scan_from<'a>(
+        &'a self,
+        prefix: &'a [u8],
+        start: Vec<u8>,
+    ) -> impl Iterator<Item = Result<(Vec<u8>, Vec<u8>)>> + 'a {
+        self.db
+            .range(start..)
+            .take_while(move |item| item.as_ref().map_or(true, |(key, _)| key.starts_with(prefix)))
+            .map(|item| self.open_item(item))
+    }
+
+    fn open_item(&self, item: sled::Result<(sled::IVec, sled::IVec)>) -> Result<(Vec<u8>, Vec<u8>)> {
+        let (key, stored) = item?;
+        let value = self.open_value(&key, &stored)?;
+        Ok((key.to_vec(), value))
+    }
+
+    /// Applies a batch as one atomic step. It is not durable before the next checkpoint.
+    pub fn commit(&self, batch: Batch) -> Result<()> {
+        self.preserve(&batch)?;
+        let mut writes = sled::Batch::default();
+        for (key, value) in batch.puts {
+            // What the key held before may have had parts.
+            if let Some(old) = self.db.get(&key)? {
+                for part in part_keys(&key, &old) {
+                    writes.remove(part);
+                }
+            }
+            match value {
+                None => writes.remove(key),
+                Some(value) if value.len() <= PART_BYTES => {
+                    let sealed = seal(PLAIN, &key, &value);
+                    writes.insert(key, sealed);
+                }
+                Some(value) => {
+                    for (index, part) in value.chunks(PART_BYTES).enumerate() {
+                        let part_key = part_key(&key, index as u32);
+                        let sealed = seal(PLAIN, &part_key, part);
+                        writes.insert(part_key, sealed);
+                    }
+                    let count = value.len().div_ceil(PART_BYTES) as u32;
+                    let sealed = seal(PARTED, &key, &count.to_le_bytes());
+                    writes.insert(key, sealed);
+                }
+            }
+        }
+        Ok(self.db.apply_batch(writes)?)
+    }
+
+    fn open_value(&self, key: &[u8], stored: &[u8]) -> Result<Vec<u8>> {
+        let (kind, body) = unseal(key, stored)?;
+        if kind == PLAIN {
+            return Ok(body.to_vec());
+        }
+        let count = u32::from_le_bytes(body.try_into().map_err(|_| damaged(key, "bad part count"))?);
+        let mut value = Vec::new();
+        for index in 0..count {
+            let part_key = part_key(key, index);
+            let part = self.db.get(&part_key)?.ok_or_else(|| damaged(key, "a part is missing"))?;
+            value.extend_from_slice(unseal(&part_key, &part)?.1);
+        }
+        Ok(value)
+    }
+
+    /// Makes everything committed so far durable: sled's flush, then our own fsyncs of the
+    /// files that it does not sync (see `sled#1452`). Blobs go before the log that names them.
+    pub fn checkpoint(&self) -> Result<()> {
+        self.db.flush()?;
+        let blobs = self.dir.join("blobs");
+        if blobs.is_dir() {
+            for entry in std::fs::read_dir(&blobs)? {
+                match File::open(entry?.path()) {
+                    Ok(file) => file.sync_all()?,
+                    // sled may unlink a blob at any time.
+                    Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            File::open(&blobs)?.sync_all()?;
+        }
+        File::open(self.dir.join("conf"))?.sync_all()?;
+        File::open(self.dir.join("db"))?.sync_data()?;
+        sync_dir(&self.dir)?;
+        Ok(())
+    }
+
+    /// Bytes that the store takes on disk.
+    pub fn disk_bytes(&self) -> u64 {
+        self.db.size_on_disk().unwrap_or(0)
+    }
+
+    /// Fixes a consistent copy of everything. No write may run during this call.
+    pub fn export(&self) -> ExportCursor {
+        let state = Arc::new(Mutex::new(ExportState::default()));
+        let mut exports = self.exports.lock();
+        exports.retain(|export| export.strong_count() > 0);
+        exports.push(Arc::downgrade(&state));
+        ExportCursor { db: self.db.clone(), state, exports: self.exports.clone() }
+    }
+
+    /// Sets old values aside for the exports that have not reached them yet.
+    fn preserve(&self, batch: &Batch) -> Result<()> {
+        let exports: Vec<_> = self.exports.lock().iter().filter_map(Weak::upgrade).collect();
+        for export in exports {
+            let mut export = export.lock();
+            for key in batch.puts.keys() {
+                let old = self.db.get(key)?;
+                let mut keys = vec![key.clone()];
+                if let Some(old) = &old {
+                    keys.extend(part_keys(key, old));
+                }
+                if let Some(Some(value)) = batch.puts.get(key) {
+                    keys.extend(
+                        (0..value.len().div_ceil(PART_BYTES) as u32).map(|index| part_key(key, index)),
+                    );
+                }
+                for key in keys {
+                    if export.done || key < export.next || export.aside.contains_key(&key) {
+                        continue;
+                    }
+                    let old = self.db.get(&key)?.map(|value| value.to_vec());
+                    export.aside.insert(key, old);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Loads pieces of an export into an empty store.
+    pub fn import(&self, piece: &[u8]) -> Result<()> {
+        let pairs: Vec<(Vec<u8>, Vec<u8>)> =
+            shoal_proto::codec::decode(piece).map_err(|error| damaged(b"export", &error.to_string()))?;
+        let mut writes = sled::Batch::default();
+        for (key, stored) in pairs {
+            unseal(&key, &stored)?;
+            writes.insert(key, stored);
+        }
+        Ok(self.db.apply_batch(writes)?)
+    }
+}
+
+#[derive(Default)]
+struct ExportState {
+    /// The first key that the cursor has not passed.
+    next: Vec<u8>,
+    done: bool,
+    /// Old values (or absence) of keys that changed ahead of the cursor.
+    aside: BTreeMap<Vec<u8>, Option<Vec<u8>>>,
+}
+
+/// A consistent copy of a store, read piece by piece while the store goes on.
+pub struct ExportCursor {
+    db: sled::Db,
+    state: Arc<Mutex<ExportState>>,
+    exports: Arc<Mutex<Vec<Weak<Mutex<ExportState>>>>>,
+}
+
+impl ExportCursor {
+    /// The next piece for [`Store::import`], or none at the end.
+    pub fn next_piece(&self) -> Result<Option<Vec<u8>>> {
+        let mut pairs: Vec<(Vec<u8>, Vec<u8>)> = Vec::new();
+        let mut bytes = 0;
+        while bytes < EXPORT_PIECE_BYTES {
+            // The lock is held for one short step, so that a write waits microseconds.
+            let mut state = self.state.lock();
+            if state.done {
+                break;
+            }
+            let present: Vec<_> =
+                self.db.range(state.next.clone()..).take(EXPORT_STEP).collect::<sled::Result<_>>()?;
+            let end = match present.last() {
+                Some((last, _)) if present.len() == EXPORT_STEP => {
+                    let mut end = last.to_vec();
+                    end.push(0);
+                    Some(end)
+                }
+                _ => None,
+            };
+            let rest = match &end {
+                Some(end) => state.aside.split_off(end),
+                None => BTreeMap::new(),
+            };
+            let aside = std::mem::replace(&mut state.aside, rest);
+            let mut step: BTreeMap<Vec<u8>, Vec<u8>> =
+                present.into_iter().map(|(key, value)| (key.to_vec(), value.to_vec())).collect();
+            for (key, old) in aside {
+                match old {
+                    Some(old) => step.insert(key, old),
+                    None => step.remove(&key),
+                };
+            }
+            state.done = end.is_none();
+            state.next = end.unwrap_or_default();
+            drop(state);
+            bytes += step.iter().map(|(key, value)| key.len() + value.len()).sum::<usize>();
+            pairs.extend(step);
+        }
+        Ok((!pairs.is_empty()).then(|| shoal_proto::codec::encode(&pairs)))
+    }
+}
+
+impl Drop for ExportCursor {
+    fn drop(&mut self) {
+        let ours = Arc::downgrade(&self.state);
+        self.exports.lock().retain(|export| !export.ptr_eq(&ours));
+    }
+}
+
+/// fsyncs a directory, so that the names in it are durable.
+pub fn sync_dir(dir: &Path) -> std::io::Result<()> {
+    File::open(dir)?.sync_all()
+}
+
+/// A crash while sled writes its start-up snapshot leaves a `.generating` file that would make
+/// the next open fail. The snapshot is only a short cut: without it sled reads its whole log.
+fn set_half_made_snapshots_aside(dir: &Path) -> std::io::Result<()> {
+    for entry in std::fs::read_dir(dir)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "generating") {
+            tracing::warn!(file = %path.display(), "removing a half-made store snapshot");
+            std::fs::remove_file(path)?;
+        }
+    }
+    Ok(())
+}
+
+fn part_key(key: &[u8], index: u32) -> Vec<u8> {
+    let mut part = Vec::with_capacity(key.len() + 5);
+    part.push(PART_PREFIX);
+    part.extend_from_slice(key);
+    part.extend_from_slice(&index.to_be_bytes());
+    part
+}
+
+fn part_keys(key: &[u8], stored: &[u8]) -> Vec<Vec<u8>> {
+    match unseal(key, stored) {
+        Ok((PARTED, count)) => {
+            let count = count.try_into().map_or(0, u32::from_le_bytes);
+            (0..count).map(|index| part_key(key, index)).collect()
+        }
+        _ => Vec::new(),
+    }
+}
+
+fn seal(kind: u8, key: &[u8], value: &[u8]) -> Vec<u8> {
+    let mut stored = Vec::with_capacity(value.len() + 5);
+    stored.push(kind);
+    stored.extend_from_slice(&checksum(kind, key, value).to_le_bytes());
+    stored.extend_from_slice(value);
+    stored
+}
+
+fn unseal<'a>(key: &[u8], stored: &'a [u8]) -> Result<(u8, &'a [u8])> {
+    let (head, body) = stored.split_at_checked(5).ok_or_else(|| damaged(key, "short"))?;
+    let kind = head[0];
+    if kind != PLAIN && kind != PARTED {
+        return Err(damaged(key, "unknown version"));
+    }
+    if head[1..] != checksum(kind, key, body).to_le_bytes() {
+        return Err(damaged(key, "wrong checksum"));
+    }
+    Ok((kind, body))
+}
+
+fn checksum(kind: u8, key: &[u8], value: &[u8]) -> u32 {
+    let mut hasher = crc32fast::Hasher::new();
+    hasher.update(&[kind]);
+    hasher.update(&(key.len() as u32).to_le_bytes());
+    hasher.update(key);
+    hasher.update(value);
+    hasher.finalize()
+}
+
+fn damaged(key: &[u8], reason: &str) -> Error {
+    Error::Damaged { key: String::from_utf8_lossy(key).escape_debug().to_string(), reason: reason.to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn put(store: &Store, pairs: &[(&str, Option<Vec<u8>>)]) {
+        let mut batch = Batch::default();
+        for (key, value) in pairs {
+            match value {
+                Some(value) => batch.put(key.as_bytes().to_vec(), value.clone()),
+                None => batch.remove(key.as_bytes().to_vec()),
+            }
+        }
+        store.commit(batch).expect("commits");
+    }
+
+    fn all(store: &Store) -> BTreeMap<Vec<u8>, Vec<u8>> {
+        store.scan(b"k").map(|item| item.expect("readable")).collect()
+    }
+
+    #[test]
+    fn large_values_are_parted_and_leave_nothing_behind() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let store = Store::open(dir.path()).expect("opens");
+        let large: Vec<u8> = (0..200_000u32).map(|byte| byte as u8).collect();
+        put(&store, &[("k1", Some(large.clone())), ("k2", Some(vec![1]))]);
+        assert_eq!(store.get(b"k1").expect("readable"), Some(large));
+        assert_eq!(all(&store).len(), 2, "parts do not show in scans");
+        put(&store, &[("k1", Some(vec![9]))]);
+        put(&store, &[("k2", None)]);
+        assert_eq!(store.get(b"k1").expect("readable"), Some(vec![9]));
+        assert_eq!(store.db.len(), 1, "old parts are gone");
+    }
+
+    #[test]
+    fn a_flipped_bit_is_an_error_and_never_an_answer() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let store = Store::open(dir.path()).expect("opens");
+        put(&store, &[("k1", Some(b"value".to_vec()))]);
+        let mut stored = store.db.get(b"k1").expect("readable").expect("there").to_vec();
+        stored[7] ^= 1;
+        store.db.insert(b"k1", stored).expect("writable");
+        assert!(matches!(store.get(b"k1"), Err(Error::Damaged { .. })));
+    }
+
+    #[test]
+    fn an_export_is_the_state_at_its_beginning() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let store = Store::open(&dir.path().join("a")).expect("opens");
+        for number in 0..3000u32 {
+            put(&store, &[(&format!("k{number:05}"), Some(vec![1; 700]))]);
+        }
+        put(&store, &[("k00007", Some(vec![2; 60_000]))]);
+        let before = all(&store);
+        let export = store.export();
+        let mut pieces = vec![export.next_piece().expect("readable").expect("not empty")];
+        for number in (0..3000u32).step_by(3) {
+            put(
+                &store,
+                &[(&format!("k{number:05}"), None), (&format!("k{number:05}x"), Some(vec![3; 30_000]))],
+            );
+        }
+        put(&store, &[("k00007", Some(vec![4]))]);
+        while let Some(piece) = export.next_piece().expect("readable") {
+            pieces.push(piece);
+        }
+        let copy = Store::open(&dir.path().join("b")).expect("opens");
+        for piece in &pieces {
+            copy.import(piece).expect("loads");
+        }
+        assert!(all(&copy) == before, "the copy is the state at the beginning");
+        assert!(all(&store) != before, "the store itself went on");
+    }
+}
