@@ -340,10 +340,41 @@ fn select_payload(payload: String, select: &Select) -> Option<String> {
     match select {
         Select::Nothing => None,
         Select::All => Some(payload),
-        some => {
-            let mut map: Map<String, Value> = crate::state::parse_payload(&payload);
-            map.retain(|key, _| selects(some, key));
+        Select::Include(paths) => {
+            let map = crate::state::parse_payload(&payload);
+            let mut kept = Map::new();
+            paths.iter().for_each(|path| include(&map, path, &mut kept));
+            Some(Value::Object(kept).to_string())
+        }
+        Select::Exclude(paths) => {
+            let mut map = crate::state::parse_payload(&payload);
+            paths.iter().for_each(|path| exclude(&mut map, path));
             Some(Value::Object(map).to_string())
+        }
+    }
+}
+
+/// Copies what is at a path, with the objects that lead there.
+fn include(from: &Map<String, Value>, path: &str, into: &mut Map<String, Value>) {
+    if let Some(value) = from.get(path) {
+        into.insert(path.to_owned(), value.clone());
+        return;
+    }
+    let Some((head, rest)) = path.split_once('.') else { return };
+    let Some(inner) = from.get(head).and_then(Value::as_object) else { return };
+    let target = into.entry(head).or_insert_with(|| Value::Object(Map::new()));
+    if let Some(target) = target.as_object_mut() {
+        include(inner, rest, target);
+    }
+}
+
+fn exclude(from: &mut Map<String, Value>, path: &str) {
+    if from.shift_remove(path).is_some() {
+        return;
+    }
+    if let Some((head, rest)) = path.split_once('.') {
+        if let Some(inner) = from.get_mut(head).and_then(Value::as_object_mut) {
+            exclude(inner, rest);
         }
     }
 }

@@ -21,13 +21,13 @@ pub mod ids;
 pub mod position;
 
 /// Messages between the nodes of a cluster, generated from `proto/peer.proto`.
-#[allow(missing_docs, unreachable_pub, clippy::all)]
+#[allow(missing_docs, clippy::all)]
 pub mod peer {
     tonic::include_proto!("shoal.peer.v1");
 }
 
 /// The parser service for clients, generated from `proto/parser.proto`.
-#[allow(missing_docs, unreachable_pub, clippy::all)]
+#[allow(missing_docs, clippy::all)]
 pub mod parser {
     tonic::include_proto!("shoal.parser.v1");
 }

@@ -1,0 +1,271 @@
+//! Original bytes, content-addressed by BLAKE3, one folder per shard replica.
+//!
+//! An upload is spooled to a file, hashed on the way, synced, and renamed to its hash: a blob
+//! is there whole and durable or not at all. [`replicate`] makes a blob durable on a majority
+//! of a shard's replicas *before* the log entry that names it is proposed. A replica that
+//! lacks one fetches it from another ([`fetch`]) and checks the hash of what it got.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bytes::Bytes;
+use futures::Stream;
+use shoal_proto::peer::{GetBlobRequest, Piece};
+use shoal_proto::{BlobHash, Error, ErrorCode, NodeId, ShardId, codec};
+use shoal_raft::Lane;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio_stream::StreamExt;
+
+use crate::cluster::Cluster;
+
+/// Bytes in one piece of a blob on its way between nodes.
+const PIECE_BYTES: usize = 1 << 20;
+
+/// The blobs on this node's disk. Cheap to clone.
+#[derive(Clone)]
+pub struct BlobStore {
+    dir: Arc<PathBuf>,
+}
+
+/// Bytes on their way into a blob.
+pub struct Upload {
+    path: PathBuf,
+    file: tokio::fs::File,
+    hasher: blake3::Hasher,
+    bytes: u64,
+    is_done: bool,
+}
+
+impl BlobStore {
+    /// Opens the store in a directory; uploads that a crash left behind are deleted.
+    pub fn open(dir: &Path) -> io::Result<BlobStore> {
+        let spool = dir.join("spool");
+        if spool.exists() {
+            std::fs::remove_dir_all(&spool)?;
+        }
+        std::fs::create_dir_all(&spool)?;
+        Ok(BlobStore { dir: Arc::new(dir.to_owned()) })
+    }
+
+    fn path(&self, shard: ShardId, hash: BlobHash) -> PathBuf {
+        let name = hash.to_string();
+        self.dir.join(shard.to_string()).join(&name[..2]).join(name)
+    }
+
+    /// Whether a blob is here.
+    pub fn contains(&self, shard: ShardId, hash: BlobHash) -> bool {
+        self.path(shard, hash).exists()
+    }
+
+    /// Begins an upload.
+    pub async fn begin(&self) -> io::Result<Upload> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let path = self.dir.join("spool").join(format!("{:016x}", NEXT.fetch_add(1, Ordering::Relaxed)));
+        let file = tokio::fs::File::create_new(&path).await?;
+        Ok(Upload { path, file, hasher: blake3::Hasher::new(), bytes: 0, is_done: false })
+    }
+
+    /// Reads a whole blob and checks its hash.
+    pub async fn read(&self, shard: ShardId, hash: BlobHash) -> io::Result<Vec<u8>> {
+        let bytes = tokio::fs::read(self.path(shard, hash)).await?;
+        if *blake3::hash(&bytes).as_bytes() != hash.0 {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, format!("blob {hash} is damaged")));
+        }
+        Ok(bytes)
+    }
+
+    /// Reads a blob in pieces. The reader checks the hash.
+    pub async fn read_stream(
+        &self,
+        shard: ShardId,
+        hash: BlobHash,
+    ) -> io::Result<impl Stream<Item = io::Result<Bytes>> + Send + use<>> {
+        let file = tokio::fs::File::open(self.path(shard, hash)).await?;
+        Ok(futures::stream::try_unfold(file, |mut file| async move {
+            let mut piece = vec![0; PIECE_BYTES];
+            let len = file.read(&mut piece).await?;
+            piece.truncate(len);
+            Ok((len > 0).then(|| (Bytes::from(piece), file)))
+        }))
+    }
+
+    /// Deletes the blobs of a shard replica that has left this node.
+    pub fn drop_shard(&self, shard: ShardId) -> io::Result<()> {
+        match std::fs::remove_dir_all(self.dir.join(shard.to_string())) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Deletes one blob that nothing names any more.
+    pub fn delete(&self, shard: ShardId, hash: BlobHash) -> io::Result<()> {
+        match std::fs::remove_file(self.path(shard, hash)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Upload {
+    /// Adds bytes.
+    pub async fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.hasher.update(bytes);
+        self.bytes += bytes.len() as u64;
+        self.file.write_all(bytes).await
+    }
+
+    /// How many bytes have come so far.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// The hash of what has come so far.
+    pub fn hash(&self) -> BlobHash {
+        BlobHash(*self.hasher.finalize().as_bytes())
+    }
+
+    /// Makes the blob durable under its hash. Returns its size.
+    pub async fn finish(mut self, store: &BlobStore, shard: ShardId) -> io::Result<u64> {
+        let target = store.path(shard, self.hash());
+        let parent = target.parent().expect("a blob's path has a folder").to_owned();
+        self.file.flush().await?;
+        self.file.sync_all().await?;
+        let path = self.path.clone();
+        let root = store.dir.clone();
+        tokio::task::spawn_blocking(move || {
+            std::fs::create_dir_all(&parent)?;
+            std::fs::rename(path, target)?;
+            // The file's name, and the names of the folders that may be new.
+            for dir in parent.ancestors().take_while(|dir| dir.starts_with(root.as_path())) {
+                std::fs::File::open(dir)?.sync_all()?;
+            }
+            Ok(())
+        })
+        .await
+        .map_err(io::Error::other)?
+        .map(|()| {
+            self.is_done = true;
+            self.bytes
+        })
+    }
+
+    /// As [`Upload::finish`], when the hash was promised: other bytes are refused.
+    pub async fn finish_as(self, store: &BlobStore, shard: ShardId, hash: BlobHash) -> io::Result<u64> {
+        if self.hash() != hash {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "the bytes do not have the promised hash"));
+        }
+        self.finish(store, shard).await
+    }
+}
+
+impl Drop for Upload {
+    fn drop(&mut self) {
+        if !self.is_done {
+            // What is left is also deleted at the next start.
+            drop(std::fs::remove_file(&self.path));
+        }
+    }
+}
+
+/// Makes a finished upload durable on a majority of a shard's replicas and returns its hash.
+///
+/// # Errors
+/// Unavailable when no majority could take it; nothing names the blob then.
+pub async fn replicate(cluster: &Cluster, store: &BlobStore, shard: ShardId, upload: Upload) -> Result<BlobHash, Error> {
+    let hash = upload.hash();
+    let state = cluster.state();
+    let replicas = state.shards.get(&shard).ok_or_else(|| Error::not_found(format!("shard {shard} does not exist")))?;
+    let replicas = replicas.replicas.clone();
+    let majority = replicas.len() / 2 + 1;
+    // It is finished here first, so that it can be sent from here; when this node holds no
+    // replica, the copy is deleted again below.
+    upload.finish(store, shard).await.map_err(|error| match error.kind() {
+        io::ErrorKind::StorageFull => Error::new(ErrorCode::DiskFull, "the disk of this node is full"),
+        _ => Error::internal(format!("the upload could not be stored: {error}")),
+    })?;
+    let is_replica = replicas.contains(&cluster.node());
+    let mut durable = usize::from(is_replica);
+    let others = replicas.iter().filter(|node| **node != cluster.node());
+    let mut sends: futures::stream::FuturesUnordered<_> =
+        others.map(|node| send(cluster.clone(), store.clone(), shard, hash, *node)).map(tokio::spawn).collect();
+    let mut reason = String::new();
+    while durable < majority {
+        match sends.next().await {
+            Some(Ok(Ok(()))) => durable += 1,
+            Some(Ok(Err(error))) => reason = error,
+            Some(Err(error)) => reason = error.to_string(),
+            None => break,
+        }
+    }
+    if !is_replica && sends.is_empty() {
+        drop(store.delete(shard, hash));
+    }
+    // The sends that are still under way go on by themselves.
+    if durable >= majority {
+        return Ok(hash);
+    }
+    Err(Error::unavailable(format!("the upload reached {durable} of {} replicas of shard {shard}: {reason}", replicas.len())))
+}
+
+async fn send(cluster: Cluster, store: BlobStore, shard: ShardId, hash: BlobHash, to: NodeId) -> Result<(), String> {
+    let mut client = cluster.groups().peers().client(to, Lane::Bulk)?;
+    let pieces = store.read_stream(shard, hash).await.map_err(|error| error.to_string())?;
+    let header = Piece { header: codec::encode(&(shard, hash)).into(), data: Bytes::new() };
+    let body = pieces.filter_map(|piece| piece.ok()).map(|data| Piece { header: Bytes::new(), data });
+    let stream = tokio_stream::once(header).chain(body);
+    match client.put_blob(stream).await {
+        Ok(_) => Ok(()),
+        Err(status) => Err(format!("node {to}: {}", status.message())),
+    }
+}
+
+/// The bytes of a blob, from this disk or from a replica that has it.
+///
+/// # Errors
+/// Unavailable when no replica that could be reached has it whole.
+pub async fn fetch(cluster: &Cluster, store: &BlobStore, shard: ShardId, hash: BlobHash) -> Result<Vec<u8>, Error> {
+    let mut reason = match store.read(shard, hash).await {
+        Ok(bytes) => return Ok(bytes),
+        Err(error) => error.to_string(),
+    };
+    let state = cluster.state();
+    let replicas = state.shards.get(&shard).map(|shard| shard.replicas.clone()).unwrap_or_default();
+    for node in replicas.iter().filter(|node| **node != cluster.node()) {
+        match fetch_from(cluster, shard, hash, *node).await {
+            Ok(bytes) if *blake3::hash(&bytes).as_bytes() == hash.0 => {
+                if replicas.contains(&cluster.node()) {
+                    keep(store, shard, hash, &bytes).await;
+                }
+                return Ok(bytes);
+            }
+            Ok(_) => reason = format!("node {node} sent bytes with another hash"),
+            Err(error) => reason = error,
+        }
+    }
+    Err(Error::unavailable(format!("blob {hash} could not be read from any replica of shard {shard}: {reason}")))
+}
+
+async fn keep(store: &BlobStore, shard: ShardId, hash: BlobHash, bytes: &[u8]) {
+    let kept = async {
+        let mut upload = store.begin().await?;
+        upload.write(bytes).await?;
+        upload.finish_as(store, shard, hash).await
+    };
+    if let Err(error) = kept.await {
+        tracing::warn!(%error, %hash, "a fetched blob could not be kept");
+    }
+}
+
+async fn fetch_from(cluster: &Cluster, shard: ShardId, hash: BlobHash, node: NodeId) -> Result<Vec<u8>, String> {
+    let mut client = cluster.groups().peers().client(node, Lane::Bulk)?;
+    let request = GetBlobRequest { group: shard.0, hash: hash.to_string() };
+    let describe = |status: tonic::Status| format!("node {node}: {}", status.message());
+    let mut pieces = client.get_blob(request).await.map_err(describe)?.into_inner();
+    let mut bytes = Vec::new();
+    while let Some(piece) = pieces.next().await {
+        bytes.extend_from_slice(&piece.map_err(describe)?.data);
+    }
+    Ok(bytes)
+}

@@ -1,0 +1,258 @@
+//! How a node comes to belong to a cluster: created once by agreement, or joined.
+//!
+//! ```text
+//!  identity on disk? ── yes ─▶ greet the others, go on as that node
+//!        │ no
+//!        ▼
+//!  greet every known address, again and again:
+//!    somebody has a cluster            ─▶ join it (idempotent: the incarnation is on disk first)
+//!    all `expect` nodes have none, and
+//!    this node's name is the lowest    ─▶ create it
+//! ```
+//!
+//! Creating needs the word of *all* expected nodes, so two halves of a partition cannot both
+//! create; and a node that was promised an id stores it before it uses it.
+
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::path::Path;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use shoal_proto::peer::{HelloReply, HelloRequest, JoinRequest};
+use shoal_proto::{Error, ErrorCode, NodeId};
+use shoal_raft::Peers;
+use shoal_raft::cluster::Addresses;
+
+/// How long one round of greetings may take per address.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(2);
+/// The pause between two rounds.
+const ROUND_PAUSE: Duration = Duration::from_millis(200);
+
+/// What a node knows of itself across restarts: `node.json` in the data directory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NodeFile {
+    /// Layout of the data directory.
+    pub format: u32,
+    /// A UUID made once per data directory.
+    pub incarnation: String,
+    /// Zero until the cluster has given one.
+    pub node: NodeId,
+    /// Empty until the node belongs to a cluster.
+    pub cluster_id: String,
+}
+
+/// The layout of the data directory that this build writes.
+const FORMAT: u32 = 1;
+
+impl NodeFile {
+    /// Reads the file, or makes one with a fresh incarnation and stores it durably.
+    pub fn open(dir: &Path) -> io::Result<NodeFile> {
+        std::fs::create_dir_all(dir)?;
+        match std::fs::read(dir.join("node.json")) {
+            Ok(bytes) => {
+                let file: NodeFile = serde_json::from_slice(&bytes).map_err(io::Error::other)?;
+                match file.format {
+                    FORMAT => Ok(file),
+                    other => Err(io::Error::other(format!("data directory format {other} is not known to this build"))),
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let incarnation = uuid::Uuid::new_v4().to_string();
+                let file = NodeFile { format: FORMAT, incarnation, node: NodeId(0), cluster_id: String::new() };
+                file.save(dir)?;
+                Ok(file)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Stores the file durably.
+    pub fn save(&self, dir: &Path) -> io::Result<()> {
+        let fresh = dir.join("node.json.fresh");
+        let mut file = std::fs::File::create(&fresh)?;
+        file.write_all(&serde_json::to_vec_pretty(self).map_err(io::Error::other)?)?;
+        file.sync_all()?;
+        std::fs::rename(&fresh, dir.join("node.json"))?;
+        std::fs::File::open(dir)?.sync_all()
+    }
+
+    /// Whether the node belongs to a cluster.
+    pub fn is_member(&self) -> bool {
+        self.node.0 != 0
+    }
+}
+
+/// Who this node is to others, and how it finds them.
+#[derive(Clone, Debug)]
+pub struct Discovery {
+    /// Host name or ordinal.
+    pub name: String,
+    /// Failure domain; may be empty.
+    pub zone: String,
+    /// Where this node listens.
+    pub addresses: Addresses,
+    /// gRPC addresses of others: `host:port`; a DNS name may stand for several.
+    pub join: Vec<String>,
+    /// How many nodes must agree before a cluster is created.
+    pub expect: usize,
+}
+
+/// What the search for a cluster came to.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Found {
+    /// This node is to create the cluster.
+    Create,
+    /// The cluster has taken this node in.
+    Joined {
+        /// The id it was given.
+        node: NodeId,
+        /// The cluster.
+        cluster_id: String,
+    },
+}
+
+/// Searches until the node can join or must create. Never gives up: an operator sees in the
+/// log what is being waited for.
+pub async fn find_cluster(peers: &Peers, discovery: &Discovery, file: &NodeFile) -> Found {
+    let mut rounds = 0u32;
+    loop {
+        let greetings = greet(peers, discovery).await;
+        match decide(&discovery.name, discovery.expect, &greetings) {
+            Decision::Create => return Found::Create,
+            Decision::Join(address) => match join(peers, discovery, file, &address).await {
+                Ok(found) => return found,
+                Err(error) => tracing::warn!(%error, address, "could not join yet; will try again"),
+            },
+            Decision::Wait(reason) if rounds.is_multiple_of(25) => tracing::info!(reason, "waiting to join a cluster"),
+            Decision::Wait(_) => {}
+        }
+        rounds += 1;
+        tokio::time::sleep(ROUND_PAUSE).await;
+    }
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Decision {
+    Create,
+    Join(String),
+    Wait(String),
+}
+
+/// Decides from one round of greetings: address to name and cluster (empty for none).
+fn decide(name: &str, expect: usize, greetings: &BTreeMap<String, (String, String)>) -> Decision {
+    if let Some((address, _)) = greetings.iter().find(|(_, (_, cluster))| !cluster.is_empty()) {
+        return Decision::Join(address.clone());
+    }
+    let mut names: Vec<&str> = greetings.values().map(|(name, _)| name.as_str()).chain([name]).collect();
+    names.sort_unstable();
+    names.dedup();
+    if names.len() < expect {
+        return Decision::Wait(format!("{} of {expect} nodes have answered: {}", names.len(), names.join(", ")));
+    }
+    match names.first() {
+        Some(lowest) if *lowest == name => Decision::Create,
+        _ => Decision::Wait(format!("all nodes are here; {} creates the cluster", names[0])),
+    }
+}
+
+async fn greet(peers: &Peers, discovery: &Discovery) -> BTreeMap<String, (String, String)> {
+    let mut greetings = BTreeMap::new();
+    for address in resolve(&discovery.join).await {
+        if let Some(reply) = hello(peers, &discovery.name, &address).await {
+            if reply.name != discovery.name {
+                greetings.insert(address, (reply.name, reply.cluster_id));
+            }
+        }
+    }
+    greetings
+}
+
+async fn hello(peers: &Peers, name: &str, address: &str) -> Option<HelloReply> {
+    let mut client = peers.client_at(address).ok()?;
+    let request = HelloRequest { name: name.to_owned() };
+    match tokio::time::timeout(HELLO_TIMEOUT, client.hello(request)).await {
+        Ok(Ok(reply)) => Some(reply.into_inner()),
+        Ok(Err(status)) => {
+            if status.code() == tonic::Code::Unauthenticated {
+                tracing::error!(address, "a peer refuses this node's cluster secret");
+            }
+            None
+        }
+        Err(_) => None,
+    }
+}
+
+/// All addresses behind the given ones: a name may resolve to several.
+pub async fn resolve(targets: &[String]) -> Vec<String> {
+    let mut addresses = Vec::new();
+    for target in targets {
+        match tokio::net::lookup_host(target).await {
+            Ok(found) => addresses.extend(found.map(|address| address.to_string())),
+            Err(error) => tracing::debug!(%error, target, "address does not resolve (yet)"),
+        }
+    }
+    addresses.sort();
+    addresses.dedup();
+    addresses
+}
+
+async fn join(peers: &Peers, discovery: &Discovery, file: &NodeFile, address: &str) -> Result<Found, Error> {
+    let unavailable = |reason: &str| Error::new(ErrorCode::Unavailable, reason);
+    let mut client = peers.client_at(address).map_err(|reason| unavailable(&reason))?;
+    let request = JoinRequest {
+        name: discovery.name.clone(),
+        incarnation: file.incarnation.clone(),
+        http_address: discovery.addresses.http.clone(),
+        grpc_address: discovery.addresses.grpc.clone(),
+        mesh_address: discovery.addresses.mesh.clone(),
+        zone: discovery.zone.clone(),
+    };
+    let reply = client.join(request).await.map_err(|status| unavailable(status.message()))?.into_inner();
+    Ok(Found::Joined { node: NodeId(reply.node_id), cluster_id: reply.cluster_id })
+}
+
+/// Learns the present addresses of members directly, for a restart at which the addresses in
+/// the cluster's state may all be out of date.
+pub async fn learn_addresses(peers: &Peers, discovery: &Discovery, cluster_id: &str) {
+    for address in resolve(&discovery.join).await {
+        if let Some(reply) = hello(peers, &discovery.name, &address).await {
+            if reply.node_id != 0 && reply.cluster_id == cluster_id {
+                peers.set_address(NodeId(reply.node_id), &address);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn greetings(nodes: &[(&str, &str)]) -> BTreeMap<String, (String, String)> {
+        let entry = |(name, cluster): &(&str, &str)| (format!("{name}:6334"), ((*name).to_owned(), (*cluster).to_owned()));
+        nodes.iter().map(entry).collect()
+    }
+
+    #[test]
+    fn only_the_lowest_of_all_expected_nodes_creates() {
+        assert_eq!(decide("a", 1, &greetings(&[])), Decision::Create);
+        assert_eq!(decide("a", 3, &greetings(&[("b", ""), ("c", "")])), Decision::Create);
+        assert!(matches!(decide("b", 3, &greetings(&[("a", ""), ("c", "")])), Decision::Wait(_)));
+        assert!(matches!(decide("a", 3, &greetings(&[("b", "")])), Decision::Wait(_)));
+    }
+
+    #[test]
+    fn a_cluster_that_exists_is_joined_even_by_the_lowest() {
+        assert_eq!(decide("a", 3, &greetings(&[("b", "id"), ("c", "")])), Decision::Join("b:6334".into()));
+    }
+
+    #[test]
+    fn the_node_file_survives_and_keeps_its_incarnation() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let first = NodeFile::open(dir.path()).expect("made");
+        let again = NodeFile::open(dir.path()).expect("read");
+        assert_eq!(first, again);
+        assert!(!first.is_member());
+    }
+}

@@ -1,0 +1,91 @@
+//! What nodes ask of each other about a group, besides Raft itself. One enum, versioned by the
+//! codec; the same bytes travel over the actor mesh (small) and over gRPC (any size).
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use shoal_engine::command::{Answer, Read};
+use shoal_proto::{Error, GroupId, NodeId};
+
+use crate::embed::TextKind;
+use crate::parse::Parsed;
+
+/// How fresh a read must be.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Consistency {
+    /// Sees every write that was acknowledged before the read began.
+    #[default]
+    Linearizable,
+    /// Sees what the client's position token has seen.
+    Session,
+    /// Whatever the replica has.
+    Eventual,
+}
+
+/// A question or an order to another node.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) enum Call {
+    /// Propose a command, if you lead the group.
+    Propose {
+        /// The group.
+        group: GroupId,
+        /// The command.
+        command: Bytes,
+        /// How long the caller waits, in milliseconds.
+        timeout_ms: u64,
+    },
+    /// Tell the read index, if you lead the group.
+    ReadIndex {
+        /// The group.
+        group: GroupId,
+    },
+    /// Answer a question from your replica.
+    Read {
+        /// The shard's group.
+        group: GroupId,
+        /// How fresh.
+        level: Consistency,
+        /// For a session read: the index that must be applied.
+        floor: u64,
+        /// How long the caller waits, in milliseconds.
+        timeout_ms: u64,
+        /// The question.
+        question: Read,
+    },
+    /// Parse a file, if you have room.
+    Parse {
+        /// Its name, which tells the format.
+        filename: String,
+        /// Its bytes.
+        bytes: Bytes,
+    },
+    /// Embed texts, if you have room and the model.
+    Embed {
+        /// The model's name.
+        model: String,
+        /// What the texts are.
+        kind: TextKind,
+        /// The texts.
+        texts: Vec<String>,
+    },
+}
+
+/// What came back.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) enum Reply {
+    /// Applied at this index, with this outcome.
+    Proposed(u64, Bytes),
+    /// The read index.
+    Index(u64),
+    /// The answer, and the index that was applied when it was made.
+    Answered(u64, Answer),
+    /// What the parser made of the file.
+    Parsed(Parsed),
+    /// One vector per text.
+    Embedded(Vec<Vec<f32>>),
+    /// Nothing was done: somebody else leads.
+    NotLeader(Option<NodeId>),
+    /// The answer is too large for the mesh; ask again over gRPC.
+    UseGrpc,
+    /// It failed.
+    Failed(Error),
+}

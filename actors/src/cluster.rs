@@ -1,0 +1,532 @@
+//! The node's handle on the cluster: routing, writing and reading with deadlines.
+//!
+//! ```text
+//!  write: route ─▶ leader known? ─▶ propose here, or one hop ─▶ applied ─▶ outcome + position
+//!                      ▲    nobody leads, or it moved: look again until the deadline
+//!  read:  local replica if there is one ─▶ fresh enough? (read index / position) ─▶ answer
+//! ```
+//!
+//! A write is retried here only when nothing was proposed, or when it carries a request id,
+//! which the shard deduplicates. What stays unknown at the deadline is reported as unknown.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use parking_lot::RwLock;
+use shoal_engine::Shard;
+use shoal_engine::command::{Answer, Command, Envelope, Outcome, Read};
+use shoal_proto::peer::CallRequest;
+use shoal_proto::{Error, ErrorCode, GroupId, NodeId, Position, RequestId, ShardId, codec};
+use shoal_raft::cluster::{self, ClusterState};
+use shoal_raft::{Error as RaftError, Group, Groups, Lane};
+use tokio::sync::{Semaphore, watch};
+
+use crate::call::{Call, Consistency, Reply};
+use crate::limits;
+use crate::mesh;
+use crate::work::Work;
+
+/// A shard replica that is open on this node.
+#[derive(Clone)]
+pub struct LocalShard {
+    /// The data.
+    pub shard: Arc<Shard>,
+    /// Its group.
+    pub group: Group,
+}
+
+/// How a request wants its reads, and until when.
+#[derive(Clone, Debug)]
+pub struct ReadOptions {
+    /// How fresh.
+    pub level: Consistency,
+    /// What the client has seen, for session reads.
+    pub position: Position,
+    /// When the client gives up.
+    pub deadline: Instant,
+}
+
+/// The node's handle on the cluster. Cheap to clone.
+#[derive(Clone)]
+pub struct Cluster {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    groups: Groups,
+    state: watch::Receiver<Arc<ClusterState>>,
+    shards: RwLock<HashMap<ShardId, LocalShard>>,
+    proposal_bytes: Semaphore,
+    reads: Semaphore,
+    latencies: Latencies,
+    reads_waiting: AtomicUsize,
+    shard_proposals: RwLock<HashMap<GroupId, Arc<Semaphore>>>,
+    writable: std::sync::atomic::AtomicBool,
+    /// Parsers and embedders; set once, while the node starts.
+    work: std::sync::OnceLock<Work>,
+}
+
+impl Cluster {
+    /// A handle over the node's groups and the control group's state.
+    pub fn new(groups: Groups, state: watch::Receiver<Arc<ClusterState>>) -> Cluster {
+        let inner = Inner {
+            groups,
+            state,
+            shards: RwLock::default(),
+            proposal_bytes: Semaphore::new(limits::MAX_PROPOSAL_BYTES_IN_FLIGHT),
+            reads: Semaphore::new(limits::MAX_READS),
+            latencies: Latencies::default(),
+            reads_waiting: AtomicUsize::new(0),
+            shard_proposals: RwLock::default(),
+            writable: std::sync::atomic::AtomicBool::new(true),
+            work: std::sync::OnceLock::new(),
+        };
+        Cluster { inner: Arc::new(inner) }
+    }
+
+    /// This node.
+    pub fn node(&self) -> NodeId {
+        self.inner.groups.node()
+    }
+
+    /// The node's groups.
+    pub fn groups(&self) -> &Groups {
+        &self.inner.groups
+    }
+
+    /// The cluster's state as this node knows it.
+    pub fn state(&self) -> Arc<ClusterState> {
+        self.inner.state.borrow().clone()
+    }
+
+    /// News of changes of the cluster's state.
+    pub fn watch(&self) -> watch::Receiver<Arc<ClusterState>> {
+        self.inner.state.clone()
+    }
+
+    /// The replicas that are open here.
+    pub fn local_shards(&self) -> HashMap<ShardId, LocalShard> {
+        self.inner.shards.read().clone()
+    }
+
+    /// A replica that is open here.
+    pub fn local_shard(&self, id: ShardId) -> Option<LocalShard> {
+        self.inner.shards.read().get(&id).cloned()
+    }
+
+    pub(crate) fn add_local(&self, id: ShardId, shard: LocalShard) {
+        self.inner.shards.write().insert(id, shard);
+    }
+
+    pub(crate) fn drop_local(&self, id: ShardId) -> Option<LocalShard> {
+        self.inner.shards.write().remove(&id)
+    }
+
+    pub(crate) fn set_work(&self, work: Work) {
+        drop(self.inner.work.set(work));
+    }
+
+    pub(crate) fn work(&self) -> Option<&Work> {
+        self.inner.work.get()
+    }
+
+    /// Lets writes in or keeps them out: below the disk's reserve nothing new is taken.
+    pub fn set_writable(&self, writable: bool) {
+        self.inner.writable.store(writable, Ordering::Release);
+    }
+
+    /// Whether the disk has room for writes.
+    pub fn is_writable(&self) -> bool {
+        self.inner.writable.load(Ordering::Acquire)
+    }
+
+    /// Puts a command through the control group.
+    ///
+    /// # Errors
+    /// What the control group refused; unavailable or unknown when it did not answer in time.
+    pub async fn control(&self, command: cluster::Command, deadline: Instant) -> Result<cluster::Response, Error> {
+        let bytes = self.propose(GroupId::CONTROL, codec::encode(&command).into(), true, deadline).await?.1;
+        match codec::decode(&bytes)? {
+            cluster::Response::Rejected(error) => Err(error),
+            response => Ok(response),
+        }
+    }
+
+    /// Waits until this node knows a state of the cluster that satisfies a condition.
+    ///
+    /// # Errors
+    /// Unavailable when it does not come in time.
+    pub async fn wait_state(
+        &self,
+        deadline: Instant,
+        until: impl FnMut(&Arc<ClusterState>) -> bool,
+    ) -> Result<Arc<ClusterState>, Error> {
+        let mut watch = self.inner.state.clone();
+        let waited = tokio::time::timeout_at(deadline.into(), watch.wait_for(until)).await;
+        match waited {
+            Ok(Ok(state)) => Ok(state.clone()),
+            _ => Err(Error::unavailable("the cluster's state has not reached this node in time")),
+        }
+    }
+
+    /// Puts a command through a shard. Applied once, however often it is retried with the same
+    /// request id. Returns the outcome and the log index it was applied at.
+    ///
+    /// # Errors
+    /// What the shard refused; busy, unavailable, disk full: nothing was done; unknown: it may
+    /// have been.
+    pub async fn write(
+        &self,
+        shard: ShardId,
+        request_id: Option<RequestId>,
+        command: Command,
+        deadline: Instant,
+    ) -> Result<(Outcome, u64), Error> {
+        if !self.is_writable() && grows(&command) {
+            let message = "the disk's reserve is reached on this node; delete something or add space";
+            return Err(Error::new(ErrorCode::DiskFull, message));
+        }
+        let envelope = Envelope { request_id, now: unix_now(), command };
+        let bytes: Bytes = codec::encode(&envelope).into();
+        let (index, outcome) = self.propose(shard.into(), bytes, request_id.is_some(), deadline).await?;
+        match codec::decode(&outcome)? {
+            Outcome::Rejected(error) => Err(error),
+            outcome => Ok((outcome, index)),
+        }
+    }
+
+    async fn propose(
+        &self,
+        group: GroupId,
+        command: Bytes,
+        is_idempotent: bool,
+        deadline: Instant,
+    ) -> Result<(u64, Bytes), Error> {
+        let busy = || Error::new(ErrorCode::Busy, "too much is being written through this node; try again");
+        let bytes = u32::try_from(command.len()).map_err(|_| busy())?;
+        let _bytes = self.inner.proposal_bytes.try_acquire_many(bytes).map_err(|_| busy())?;
+        let slots = self.proposal_slots(group);
+        let _slot = slots.try_acquire().map_err(|_| busy())?;
+        let mut hint: Option<NodeId> = None;
+        let mut is_unknown = false;
+        let mut reason = String::from("no leader");
+        let mut attempt = 0usize;
+        while let Some(left) = left(deadline) {
+            let target = match hint.take().or_else(|| self.known_leader(group)) {
+                Some(target) => target,
+                None => match self.some_member(group, attempt) {
+                    Some(member) => member,
+                    None => return Err(Error::new(ErrorCode::Stale, format!("group {group} does not exist any more"))),
+                },
+            };
+            attempt += 1;
+            let call = Call::Propose { group, command: command.clone(), timeout_ms: left.as_millis() as u64 };
+            match self.call(target, call, left).await {
+                Reply::Proposed(index, outcome) => return Ok((index, outcome)),
+                Reply::NotLeader(leader) => {
+                    reason = format!("node {target} does not lead it");
+                    hint = leader.filter(|leader| *leader != target);
+                }
+                Reply::Failed(error) if error.code == ErrorCode::Unknown => {
+                    is_unknown = true;
+                    reason = error.message;
+                    if !is_idempotent {
+                        break;
+                    }
+                }
+                Reply::Failed(error) if error.code.is_retryable() => reason = error.message,
+                Reply::Failed(error) => return Err(error),
+                Reply::Index(_) | Reply::Answered(..) | Reply::Parsed(_) | Reply::Embedded(_) | Reply::UseGrpc => {
+                    return Err(Error::internal("a peer answered a proposal with something else"));
+                }
+            }
+            if hint.is_none() {
+                tokio::time::sleep(limits::RETRY_PAUSE.min(left)).await;
+            }
+        }
+        let (code, what) = match is_unknown {
+            true => (ErrorCode::Unknown, "whether the write was applied is not known; retry it with the same Idempotency-Key"),
+            false => (ErrorCode::Unavailable, "nothing was written"),
+        };
+        Err(Error::new(code, format!("group {group} did not answer in time ({reason}); {what}")))
+    }
+
+    fn proposal_slots(&self, group: GroupId) -> Arc<Semaphore> {
+        if let Some(slots) = self.inner.shard_proposals.read().get(&group) {
+            return slots.clone();
+        }
+        let mut all = self.inner.shard_proposals.write();
+        all.entry(group).or_insert_with(|| Arc::new(Semaphore::new(limits::MAX_PROPOSALS_PER_SHARD))).clone()
+    }
+
+    fn known_leader(&self, group: GroupId) -> Option<NodeId> {
+        self.inner.groups.get(group).ok().and_then(|group| group.leader())
+    }
+
+    /// A node that may know more about a group: its members in turn, self last.
+    fn some_member(&self, group: GroupId, attempt: usize) -> Option<NodeId> {
+        let state = self.state();
+        let members: Vec<NodeId> = match group {
+            GroupId::CONTROL => state.nodes.keys().copied().collect(),
+            group => state.shards.get(&ShardId(group.0))?.replicas.iter().copied().collect(),
+        };
+        // Before the first node is added, the control group is this node alone.
+        let alone = (group == GroupId::CONTROL).then(|| self.node());
+        members.get(attempt % members.len().max(1)).copied().or(alone)
+    }
+
+    /// Asks a question of a shard as [`Cluster::read`] does, and a second replica as well when
+    /// the first is slower than its recent 95th percentile. The first good answer counts.
+    ///
+    /// # Errors
+    /// As [`Cluster::read`].
+    pub async fn read_hedged(&self, shard: ShardId, question: Read, options: &ReadOptions) -> Result<(Answer, u64), Error> {
+        let started = Instant::now();
+        let replicas = self.state().shards.get(&shard).map_or(0, |shard| shard.replicas.len());
+        let first = self.read_from(shard, question.clone(), options, 0);
+        tokio::pin!(first);
+        let answered = match replicas {
+            0 | 1 => first.await,
+            _ => match tokio::time::timeout(self.inner.latencies.hedge_after(), &mut first).await {
+                Ok(answered) => answered,
+                Err(_) => {
+                    metrics::counter!("shoal_hedged_reads_total").increment(1);
+                    let second = self.read_from(shard, question, options, 1);
+                    tokio::pin!(second);
+                    match futures::future::select(first, second).await {
+                        futures::future::Either::Left((Err(_), second)) => second.await,
+                        futures::future::Either::Right((Err(_), first)) => first.await,
+                        futures::future::Either::Left((answered, _)) => answered,
+                        futures::future::Either::Right((answered, _)) => answered,
+                    }
+                }
+            },
+        };
+        self.inner.latencies.note(started.elapsed());
+        answered
+    }
+
+    /// Asks a question of a shard, at the nearest replica that is fresh enough. Returns the
+    /// answer and the index that was applied when it was made.
+    ///
+    /// # Errors
+    /// What the engine refused; unavailable when no replica answered in time.
+    pub async fn read(&self, shard: ShardId, question: Read, options: &ReadOptions) -> Result<(Answer, u64), Error> {
+        self.read_from(shard, question, options, 0).await
+    }
+
+    async fn read_from(
+        &self,
+        shard: ShardId,
+        question: Read,
+        options: &ReadOptions,
+        first_attempt: usize,
+    ) -> Result<(Answer, u64), Error> {
+        let group = GroupId::from(shard);
+        let floor = options.position.floor(group);
+        let mut reason = String::from("no replica");
+        let mut attempt = first_attempt;
+        while let Some(left) = left(options.deadline) {
+            let target = match self.local_shard(shard) {
+                // A replica of ours that cannot serve (it is far behind, or broken) is not
+                // asked twice in a row.
+                Some(_) if attempt.is_multiple_of(2) => self.node(),
+                _ => match self.some_member(group, attempt) {
+                    Some(member) => member,
+                    None => return Err(Error::not_found(format!("shard {shard} does not exist any more"))),
+                },
+            };
+            attempt += 1;
+            // A replica that does not answer must not use up the whole time.
+            let patience = left.min(Duration::from_secs(2).max(left / 2));
+            let call = Call::Read {
+                group,
+                level: options.level,
+                floor,
+                timeout_ms: patience.as_millis() as u64,
+                question: question.clone(),
+            };
+            match self.call(target, call, patience).await {
+                Reply::Answered(index, answer) => return Ok((answer, index)),
+                Reply::Failed(error) if error.code.is_retryable() => reason = error.message,
+                Reply::Failed(error) => return Err(error),
+                Reply::NotLeader(_) | Reply::UseGrpc | Reply::Index(_) | Reply::Proposed(..) | Reply::Parsed(_) | Reply::Embedded(_) => {
+                    reason = format!("node {target} could not answer");
+                }
+            }
+            tokio::time::sleep(limits::RETRY_PAUSE.min(left)).await;
+        }
+        Err(Error::unavailable(format!("shard {shard} did not answer in time ({reason})")))
+    }
+
+    /// Calls a node: a function call when it is this one, gRPC otherwise.
+    pub(crate) async fn call(&self, target: NodeId, call: Call, timeout: Duration) -> Reply {
+        if target == self.node() {
+            return self.serve(call).await;
+        }
+        let is_write = matches!(call, Call::Propose { .. });
+        if !is_write {
+            // Small work goes over the mesh; what the mesh cannot do goes over gRPC.
+            if let Some(reply) = mesh::ask(target, &call, timeout).await {
+                return reply;
+            }
+        }
+        let mut client = match self.inner.groups.peers().client(target, Lane::Fast) {
+            Ok(client) => client,
+            Err(reason) => return Reply::Failed(Error::unavailable(reason)),
+        };
+        let request = CallRequest { group: 0, body: codec::encode(&call).into() };
+        match tokio::time::timeout(timeout, client.call(request)).await {
+            Ok(Ok(reply)) => codec::decode(&reply.into_inner().body)
+                .unwrap_or_else(|error| Reply::Failed(Error::internal(format!("node {target}: {error}")))),
+            Ok(Err(status)) => {
+                // A connection that was never made proves that nothing was proposed.
+                let refused = status.code() == tonic::Code::Unavailable && status.message().contains("connect");
+                let code = if is_write && !refused { ErrorCode::Unknown } else { ErrorCode::Unavailable };
+                Reply::Failed(Error::new(code, format!("node {target}: {}", status.message())))
+            }
+            Err(_) => {
+                let code = if is_write { ErrorCode::Unknown } else { ErrorCode::Unavailable };
+                Reply::Failed(Error::new(code, format!("node {target} did not answer in time")))
+            }
+        }
+    }
+
+    /// Serves a call on this node.
+    pub(crate) async fn serve(&self, call: Call) -> Reply {
+        match self.try_serve(call).await {
+            Ok(reply) => reply,
+            Err(RaftError::NotLeader { leader, .. }) => Reply::NotLeader(leader),
+            Err(error) => Reply::Failed(error.into()),
+        }
+    }
+
+    async fn try_serve(&self, call: Call) -> Result<Reply, RaftError> {
+        match call {
+            Call::Propose { group, command, timeout_ms } => {
+                let timeout = Duration::from_millis(timeout_ms);
+                let (index, outcome) = self.inner.groups.get(group)?.propose(command, timeout).await?;
+                Ok(Reply::Proposed(index, outcome))
+            }
+            Call::ReadIndex { group } => {
+                Ok(Reply::Index(self.inner.groups.get(group)?.read_index(Duration::from_secs(2)).await?))
+            }
+            work @ (Call::Parse { .. } | Call::Embed { .. }) => Ok(match self.work() {
+                Some(pool) => pool.serve(work).await,
+                None => Reply::Failed(Error::unavailable("this node is still starting")),
+            }),
+            Call::Read { group, level, floor, timeout_ms, question } => {
+                let local = self.local_shard(ShardId(group.0)).ok_or(RaftError::UnknownGroup(group))?;
+                let deadline = Instant::now() + Duration::from_millis(timeout_ms);
+                let index = match level {
+                    Consistency::Linearizable => self.read_index(&local.group, deadline).await?,
+                    Consistency::Session => floor,
+                    Consistency::Eventual => 0,
+                };
+                let left = deadline.saturating_duration_since(Instant::now());
+                local.group.wait_applied(index, left).await?;
+                let applied = local.group.applied();
+                Ok(match self.run_read(local.shard, question).await {
+                    Ok(answer) => Reply::Answered(applied, answer),
+                    Err(error) => Reply::Failed(error),
+                })
+            }
+        }
+    }
+
+    /// The index that a linearizable read on this node must wait for: from the leader, which
+    /// asks a quorum.
+    async fn read_index(&self, group: &Group, deadline: Instant) -> Result<u64, RaftError> {
+        let mut attempts = 0u32;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let timed_out = |reason: &str| RaftError::Timeout { group: group.id(), reason: reason.to_owned() };
+            if left.is_zero() {
+                return Err(timed_out("a leader to read from"));
+            }
+            match group.leader() {
+                Some(leader) if leader == self.node() => match group.read_index(left).await {
+                    Ok(index) => return Ok(index),
+                    Err(RaftError::NotLeader { .. } | RaftError::Timeout { .. }) => {}
+                    Err(error) => return Err(error),
+                },
+                Some(leader) => {
+                    let call = Call::ReadIndex { group: group.id() };
+                    let asked = Box::pin(self.call(leader, call, left.min(Duration::from_secs(1))));
+                    if let Reply::Index(index) = asked.await {
+                        return Ok(index);
+                    }
+                }
+                None => {}
+            }
+            attempts += 1;
+            tokio::time::sleep(limits::RETRY_PAUSE * attempts.min(4)).await;
+        }
+    }
+
+    /// Runs a question on the blocking pool, a bounded number at a time.
+    async fn run_read(&self, shard: Arc<Shard>, question: Read) -> Result<Answer, Error> {
+        let waiting = self.inner.reads_waiting.fetch_add(1, Ordering::AcqRel);
+        let permit = match waiting < limits::MAX_READS_WAITING {
+            true => self.inner.reads.acquire().await.map_err(Error::internal),
+            false => Err(Error::new(ErrorCode::Busy, "too many reads wait on this node; try again")),
+        };
+        self.inner.reads_waiting.fetch_sub(1, Ordering::AcqRel);
+        let _permit = permit?;
+        let answered = tokio::task::spawn_blocking(move || shard.read(&question)).await;
+        match answered {
+            Ok(answer) => answer.map_err(Error::from),
+            Err(_) => Err(Error::internal("a read panicked; the replica's files may be damaged")),
+        }
+    }
+}
+
+/// The latencies of recent reads, for the moment at which a second replica is asked.
+#[derive(Default)]
+struct Latencies(parking_lot::Mutex<std::collections::VecDeque<Duration>>);
+
+impl Latencies {
+    const KEPT: usize = 128;
+
+    fn note(&self, latency: Duration) {
+        let mut recent = self.0.lock();
+        if recent.len() == Self::KEPT {
+            recent.pop_front();
+        }
+        recent.push_back(latency);
+    }
+
+    fn hedge_after(&self) -> Duration {
+        let mut recent: Vec<Duration> = self.0.lock().iter().copied().collect();
+        recent.sort_unstable();
+        let p95 = recent.get(recent.len() * 95 / 100).copied().unwrap_or_default();
+        (p95 * 2).max(limits::HEDGE_FLOOR)
+    }
+}
+
+/// Whether a command takes more space; the others are let through on a full disk.
+fn grows(command: &Command) -> bool {
+    !matches!(
+        command,
+        Command::Delete(_)
+            | Command::DeletePayload { .. }
+            | Command::DeleteFile(_)
+            | Command::DeleteDocument(_)
+            | Command::EndDocument { .. }
+    )
+}
+
+fn left(deadline: Instant) -> Option<Duration> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    (!left.is_zero()).then_some(left)
+}
+
+/// Seconds since the Unix epoch, for what is proposed.
+pub fn unix_now() -> u64 {
+    #[expect(clippy::disallowed_methods, reason = "the one place where proposals get their time")]
+    let now = std::time::SystemTime::now();
+    now.duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}

@@ -1,0 +1,310 @@
+//! A BERT-family sentence encoder in this process (candle), read from the usual directory:
+//! `config.json`, `tokenizer.json`, `model.safetensors`, and `SHA256SUMS` to check them by.
+//!
+//! Mean pooling over all tokens, then normalised, as multilingual-e5 and MiniLM want it. The
+//! vocabulary table is four fifths of e5's weights: it stays in the mapped file and single
+//! rows are gathered from it, so a node does not carry it in its own memory.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Result as CandleResult, Tensor};
+use candle_nn::{LayerNorm, Linear, Module};
+use half::f16;
+use memmap2::Mmap;
+use safetensors::{Dtype, SafeTensors};
+use serde::Deserialize;
+use sha2::{Digest, Sha256};
+use shoal_proto::{Error, ErrorCode};
+use tokenizers::Tokenizer;
+use tokio::sync::Semaphore;
+
+use super::TextKind;
+
+/// The most tokens of one text that the model sees.
+const MAX_TOKENS: usize = 512;
+/// About how many tokens go through the model in one step.
+const STEP_TOKENS: usize = 4096;
+
+#[derive(Deserialize)]
+struct Config {
+    hidden_size: usize,
+    num_hidden_layers: usize,
+    num_attention_heads: usize,
+    #[serde(default = "default_eps")]
+    layer_norm_eps: f64,
+}
+
+fn default_eps() -> f64 {
+    1e-12
+}
+
+/// The encoder.
+pub struct LocalModel {
+    tokenizer: Tokenizer,
+    /// Counts without the special tokens; truncation is off.
+    counter: Tokenizer,
+    weights: Weights,
+    checksum: String,
+    prefixes: Option<(&'static str, &'static str)>,
+    /// One batch at a time: candle uses all cores for it.
+    turn: Semaphore,
+}
+
+struct Weights {
+    map: Mmap,
+    words: (usize, Dtype),
+    hidden: usize,
+    heads: usize,
+    positions: Tensor,
+    first_type: Tensor,
+    norm: LayerNorm,
+    layers: Vec<Layer>,
+}
+
+struct Layer {
+    query: Linear,
+    key: Linear,
+    value: Linear,
+    attended: Linear,
+    attended_norm: LayerNorm,
+    up: Linear,
+    down: Linear,
+    norm: LayerNorm,
+}
+
+impl LocalModel {
+    /// Opens a model and checks every file against `SHA256SUMS`.
+    ///
+    /// # Errors
+    /// Says which file is missing or damaged and how to get it again.
+    pub fn open(dir: &Path) -> Result<LocalModel, Error> {
+        let checksum = verify(dir)?;
+        let broken = |what: &dyn std::fmt::Display| {
+            Error::new(ErrorCode::Unavailable, format!("model in {}: {what}; run `make model` to get it again", dir.display()))
+        };
+        let config = std::fs::read(dir.join("config.json")).map_err(|error| broken(&error))?;
+        let config: Config = serde_json::from_slice(&config).map_err(|error| broken(&error))?;
+        let mut counter = Tokenizer::from_file(dir.join("tokenizer.json")).map_err(|error| broken(&error))?;
+        counter.with_padding(None);
+        counter.with_truncation(None).map_err(|error| broken(&error))?;
+        let mut tokenizer = counter.clone();
+        let truncation = tokenizers::TruncationParams { max_length: MAX_TOKENS, ..Default::default() };
+        tokenizer.with_truncation(Some(truncation)).map_err(|error| broken(&error))?;
+        let weights = Weights::open(&dir.join("model.safetensors"), &config).map_err(|error| broken(&error))?;
+        let name = dir.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let prefixes = name.contains("e5").then_some(("query: ", "passage: "));
+        Ok(LocalModel { tokenizer, counter, weights, checksum, prefixes, turn: Semaphore::new(1) })
+    }
+
+    /// Dimensions of its vectors.
+    pub fn dimension(&self) -> usize {
+        self.weights.hidden
+    }
+
+    /// SHA-256 of its weights.
+    pub fn checksum(&self) -> &str {
+        &self.checksum
+    }
+
+    /// Tokens in a text, without special ones.
+    pub fn count_tokens(&self, text: &str) -> usize {
+        self.counter.encode_fast(text, false).map_or(text.len(), |encoding| encoding.len())
+    }
+
+    /// Embeds texts, in order, on the blocking pool.
+    pub async fn embed(self: Arc<Self>, kind: TextKind, texts: Vec<String>) -> Result<Vec<Vec<f32>>, Error> {
+        let model = self.clone();
+        let _turn = self.turn.acquire().await.map_err(Error::internal)?;
+        tokio::task::spawn_blocking(move || model.embed_blocking(kind, &texts))
+            .await
+            .map_err(|_| Error::internal("the model panicked"))?
+    }
+
+    /// Embeds texts on this thread.
+    ///
+    /// # Errors
+    /// Internal, when candle refuses.
+    pub fn embed_blocking(&self, kind: TextKind, texts: &[String]) -> Result<Vec<Vec<f32>>, Error> {
+        let prefix = self.prefixes.map_or("", |(query, passage)| match kind {
+            TextKind::Query => query,
+            TextKind::Passage => passage,
+        });
+        let mut encoded = Vec::with_capacity(texts.len());
+        for (index, text) in texts.iter().enumerate() {
+            let input = format!("{prefix}{}", text.trim());
+            let encoding = self.tokenizer.encode_fast(input, true).map_err(Error::internal)?;
+            encoded.push((index, encoding.get_ids().to_vec()));
+        }
+        // Texts of like length go together, so that little is padded.
+        encoded.sort_by_key(|(_, ids)| ids.len());
+        let mut vectors = vec![Vec::new(); texts.len()];
+        let mut rest = encoded.as_slice();
+        while !rest.is_empty() {
+            let mut take = 1;
+            while take < rest.len() && (take + 1) * rest[take].1.len() <= STEP_TOKENS {
+                take += 1;
+            }
+            let (step, later) = rest.split_at(take);
+            let ids: Vec<&[u32]> = step.iter().map(|(_, ids)| ids.as_slice()).collect();
+            let found = self.weights.forward(&ids).map_err(Error::internal)?;
+            for ((index, _), vector) in step.iter().zip(found) {
+                vectors[*index] = vector;
+            }
+            rest = later;
+        }
+        Ok(vectors)
+    }
+}
+
+/// Checks the files of a model directory and returns the checksum of the weights.
+fn verify(dir: &Path) -> Result<String, Error> {
+    let refuse = |what: String| Error::new(ErrorCode::Unavailable, format!("{what}; run `make model` to get the model"));
+    let sums = std::fs::read_to_string(dir.join("SHA256SUMS"))
+        .map_err(|error| refuse(format!("no model in {} (SHA256SUMS: {error})", dir.display())))?;
+    let mut weights = String::new();
+    for line in sums.lines().filter(|line| !line.is_empty()) {
+        let (wanted, name) = line.split_once("  ").ok_or_else(|| refuse(format!("SHA256SUMS line {line:?} is malformed")))?;
+        let mut file = std::fs::File::open(dir.join(name)).map_err(|error| refuse(format!("{name}: {error}")))?;
+        let mut hasher = Sha256::new();
+        std::io::copy(&mut file, &mut HashWriter(&mut hasher)).map_err(|error| refuse(format!("{name}: {error}")))?;
+        let found: String = hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        if found != wanted {
+            return Err(refuse(format!("{} is damaged: its checksum is {found}, not {wanted}", dir.join(name).display())));
+        }
+        if name == "model.safetensors" {
+            weights = found;
+        }
+    }
+    if weights.is_empty() {
+        return Err(refuse("SHA256SUMS does not name model.safetensors".into()));
+    }
+    Ok(weights)
+}
+
+struct HashWriter<'a>(&'a mut Sha256);
+
+impl std::io::Write for HashWriter<'_> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.update(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Weights {
+    fn open(file: &Path, config: &Config) -> Result<Weights, Box<dyn std::error::Error>> {
+        let file = std::fs::File::open(file)?;
+        #[expect(unsafe_code, reason = "the weights are mapped read-only; nobody writes to a model that is in use")]
+        // SAFETY: the file is not changed while it is mapped: `make model` replaces it by rename.
+        let map = unsafe { Mmap::map(&file)? };
+        let tensors = SafeTensors::deserialize(&map)?;
+        let hidden = config.hidden_size;
+        let words = tensors.tensor("embeddings.word_embeddings.weight")?;
+        let offset = words.data().as_ptr() as usize - map.as_ptr() as usize;
+        let linear = |name: &str| -> Result<Linear, Box<dyn std::error::Error>> {
+            Ok(Linear::new(load(&tensors, &format!("{name}.weight"))?, Some(load(&tensors, &format!("{name}.bias"))?)))
+        };
+        let norm = |name: &str| -> Result<LayerNorm, Box<dyn std::error::Error>> {
+            let (weight, bias) = (load(&tensors, &format!("{name}.weight"))?, load(&tensors, &format!("{name}.bias"))?);
+            Ok(LayerNorm::new(weight, bias, config.layer_norm_eps))
+        };
+        let layers = (0..config.num_hidden_layers).map(|number| {
+            let at = |part: &str| format!("encoder.layer.{number}.{part}");
+            Ok(Layer {
+                query: linear(&at("attention.self.query"))?,
+                key: linear(&at("attention.self.key"))?,
+                value: linear(&at("attention.self.value"))?,
+                attended: linear(&at("attention.output.dense"))?,
+                attended_norm: norm(&at("attention.output.LayerNorm"))?,
+                up: linear(&at("intermediate.dense"))?,
+                down: linear(&at("output.dense"))?,
+                norm: norm(&at("output.LayerNorm"))?,
+            })
+        });
+        let layers = layers.collect::<Result<_, Box<dyn std::error::Error>>>()?;
+        let positions = load(&tensors, "embeddings.position_embeddings.weight")?;
+        let first_type = load(&tensors, "embeddings.token_type_embeddings.weight")?.get(0)?;
+        let norm = norm("embeddings.LayerNorm")?;
+        let words = (offset, words.dtype());
+        Ok(Weights { words, hidden, heads: config.num_attention_heads, positions, first_type, norm, layers, map })
+    }
+
+    /// The rows of the vocabulary table for some tokens, from the mapped file.
+    fn gather(&self, ids: &[u32], into: &mut Vec<f32>) {
+        let (offset, dtype) = self.words;
+        let width = if dtype == Dtype::F16 { 2 } else { 4 };
+        for id in ids {
+            let at = offset + *id as usize * self.hidden * width;
+            let row = &self.map[at..at + self.hidden * width];
+            if dtype == Dtype::F16 {
+                into.extend(row.chunks_exact(2).map(|x| f16::from_le_bytes([x[0], x[1]]).to_f32()));
+            } else {
+                into.extend(row.chunks_exact(4).map(|x| f32::from_le_bytes([x[0], x[1], x[2], x[3]])));
+            }
+        }
+    }
+
+    fn forward(&self, texts: &[&[u32]]) -> CandleResult<Vec<Vec<f32>>> {
+        let device = &Device::Cpu;
+        let batch = texts.len();
+        let length = texts.iter().map(|ids| ids.len()).max().unwrap_or(0);
+        let mut rows = Vec::with_capacity(batch * length * self.hidden);
+        let mut mask = Vec::with_capacity(batch * length);
+        for ids in texts {
+            self.gather(ids, &mut rows);
+            rows.resize(rows.len() + (length - ids.len()) * self.hidden, 0.0);
+            mask.extend((0..length).map(|at| if at < ids.len() { 1f32 } else { 0.0 }));
+        }
+        let words = Tensor::from_vec(rows, (batch, length, self.hidden), device)?;
+        let mask = Tensor::from_vec(mask, (batch, length), device)?;
+        let is_padded = texts.iter().any(|ids| ids.len() < length);
+        let bias = is_padded.then(|| ((&mask - 1.0)? * 1e9)?.reshape((batch, 1, 1, length))).transpose()?;
+        let x = words.broadcast_add(&self.positions.narrow(0, 0, length)?)?.broadcast_add(&self.first_type)?;
+        let mut x = self.norm.forward(&x)?;
+        for layer in &self.layers {
+            x = layer.forward(&x, bias.as_ref(), self.heads)?;
+        }
+        let weights = mask.reshape((batch, length, 1))?;
+        let sum = x.broadcast_mul(&weights)?.sum(1)?;
+        let mut vectors = sum.to_vec2::<f32>()?;
+        // The mean differs from the sum by a factor only, which normalising takes out.
+        for vector in &mut vectors {
+            shoal_engine::distance::normalize(vector);
+        }
+        Ok(vectors)
+    }
+}
+
+impl Layer {
+    fn forward(&self, x: &Tensor, bias: Option<&Tensor>, heads: usize) -> CandleResult<Tensor> {
+        let (batch, length, hidden) = x.dims3()?;
+        let width = hidden / heads;
+        let split = |linear: &Linear| -> CandleResult<Tensor> {
+            linear.forward(x)?.reshape((batch, length, heads, width))?.transpose(1, 2)?.contiguous()
+        };
+        let (query, key, value) = (split(&self.query)?, split(&self.key)?, split(&self.value)?);
+        let mut scores = (query.matmul(&key.transpose(2, 3)?.contiguous()?)? * (1.0 / (width as f64).sqrt()))?;
+        if let Some(bias) = bias {
+            scores = scores.broadcast_add(bias)?;
+        }
+        let weights = candle_nn::ops::softmax_last_dim(&scores)?;
+        let context = weights.matmul(&value)?.transpose(1, 2)?.reshape((batch, length, hidden))?;
+        let x = self.attended_norm.forward(&(self.attended.forward(&context)? + x)?)?;
+        let up = self.up.forward(&x)?.gelu_erf()?;
+        self.norm.forward(&(self.down.forward(&up)? + &x)?)
+    }
+}
+
+fn load(tensors: &SafeTensors<'_>, name: &str) -> Result<Tensor, Box<dyn std::error::Error>> {
+    let view = tensors.tensor(name)?;
+    let dtype = match view.dtype() {
+        Dtype::F32 => DType::F32,
+        Dtype::F16 => DType::F16,
+        other => return Err(format!("tensor {name} has the unexpected type {other:?}").into()),
+    };
+    Ok(Tensor::from_raw_buffer(view.data(), dtype, view.shape(), &Device::Cpu)?.to_dtype(DType::F32)?)
+}

@@ -1,0 +1,54 @@
+//! Who does the work: the supervision tree of a node, and its handle on the cluster.
+//!
+//! ```text
+//! Root
+//! ├─ Mesh        sessions to every member over ractor_cluster
+//! ├─ Server      serves other nodes' calls; member of the groups `node-<id>` and `workers`
+//! ├─ Shards      one Shard actor per replica: opens engine and group, tends them
+//! ├─ Ingests     drives the documents of the shards that this node leads
+//! └─ Placement   acts only where the control group's leader is
+//! ```
+//!
+//! Requests do not pass through mailboxes: [`Cluster`] routes, writes and reads with handles
+//! that the actors register, bounded by the numbers in [`limits`]. Actors hold what has state
+//! of its own and may fail by itself.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`cluster`] | routing, writing, reading |
+//! | [`search`] | fan-out, merge, fusion |
+//! | [`bootstrap`] | how a node comes to belong to a cluster |
+//! | [`blobs`] | original bytes, content-addressed and replicated beside the log |
+//! | [`parse`], [`embed`], [`work`] | files to text, text to vectors, here or on an idle node |
+//! | [`root`] | start and stop |
+//!
+//! **2026-11, one Ingests actor a node.** The design names one ingest actor per led shard. The
+//! work itself is one task per document, bounded per node; a second level of actors would only
+//! have held a timer each. One actor looks at all led shards.
+
+pub mod blobs;
+pub mod bootstrap;
+mod call;
+pub mod cluster;
+mod control;
+pub mod embed;
+mod ingest;
+pub mod limits;
+mod mesh;
+pub mod parse;
+mod placement;
+mod replica;
+pub mod root;
+pub mod search;
+pub mod service;
+mod shards;
+pub mod work;
+
+pub use call::Consistency;
+pub use cluster::{Cluster, LocalShard, ReadOptions};
+pub use root::{NodeConfig, Running, start};
+
+/// The built-in collection of `/v1/files`.
+pub const FILES_COLLECTION: &str = "_files";
+/// The exit code of a node that was removed from its cluster.
+pub const EXIT_REMOVED: i32 = 76;

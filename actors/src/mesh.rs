@@ -1,0 +1,267 @@
+//! The actor mesh: small work between actors of different nodes, over `ractor_cluster`.
+//!
+//! ```text
+//!  Mesh ── supervises ─▶ NodeServer (listens, authenticates by the cluster secret)
+//!   └── dials every member with a higher id, again and again, until a session stands
+//!  Server (one a node) ── joins ─▶ groups `node-<id>` and `workers`, visible on every node
+//! ```
+//!
+//! The library does not redial, does not notice a silent partition, and kills a session at an
+//! oversized frame. So: sessions are dialled from a tick; remote references are looked up by
+//! group for every call and never kept; every call has a time-out, after which the caller uses
+//! gRPC; and nothing over [`limits::MAX_MESH_BYTES`] is sent.
+
+use std::collections::HashSet;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ractor::rpc::CallResult;
+use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent, pg};
+use ractor_cluster::node::NodeConnectionMode;
+use ractor_cluster::{IncomingEncryptionMode, NodeServer, NodeServerMessage, RactorClusterMessage, RactorMessage};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use shoal_proto::{Error, ErrorCode, NodeId, codec};
+use tokio::sync::Semaphore;
+
+use crate::call::{Call, Reply};
+use crate::cluster::Cluster;
+use crate::limits;
+
+/// The scope of all process groups of Shoal.
+const SCOPE: &str = "shoal";
+/// The group that every node's server joins.
+const WORKERS: &str = "workers";
+/// How often missing sessions are dialled.
+const DIAL_TICK: Duration = Duration::from_millis(500);
+/// How long one dial may take.
+const DIAL_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a node may take to say whether it has room.
+const ROOM_TIMEOUT: Duration = Duration::from_millis(100);
+/// Calls that one node serves over the mesh at once; beyond them it says that it is busy.
+const MAX_CALLS: usize = 256;
+
+/// A value on its way between nodes. Decoding never panics: what does not decode arrives as an
+/// error, because a panic here would end the session with its peer.
+pub(crate) struct Wire<T>(pub(crate) Result<T, String>);
+
+impl<T: Serialize + DeserializeOwned> ractor::BytesConvertable for Wire<T> {
+    fn into_bytes(self) -> Vec<u8> {
+        self.0.map(|value| codec::encode(&value)).unwrap_or_default()
+    }
+
+    fn from_bytes(bytes: Vec<u8>) -> Self {
+        Wire(codec::decode(&bytes).map_err(|error| error.to_string()))
+    }
+}
+
+/// What may be asked of a node over the mesh.
+#[derive(RactorClusterMessage)]
+pub(crate) enum ServerMessage {
+    /// Serve a call.
+    #[rpc]
+    Serve(Wire<Call>, RpcReplyPort<Wire<Reply>>),
+    /// The node's id if it has room for work, zero otherwise.
+    #[rpc]
+    GetRoom(RpcReplyPort<u64>),
+}
+
+/// The actor that serves other nodes' calls. It is serial, so it only starts the work.
+pub(crate) struct Server;
+
+pub(crate) struct ServerState {
+    cluster: Cluster,
+    calls: Arc<Semaphore>,
+}
+
+impl Actor for Server {
+    type Msg = ServerMessage;
+    type State = ServerState;
+    type Arguments = Cluster;
+
+    async fn pre_start(&self, myself: ActorRef<ServerMessage>, cluster: Cluster) -> Result<ServerState, ActorProcessingErr> {
+        pg::join_scoped(SCOPE.to_owned(), node_group(cluster.node()), vec![myself.get_cell()]);
+        pg::join_scoped(SCOPE.to_owned(), WORKERS.to_owned(), vec![myself.get_cell()]);
+        Ok(ServerState { cluster, calls: Arc::new(Semaphore::new(MAX_CALLS)) })
+    }
+
+    async fn handle(
+        &self,
+        _: ActorRef<ServerMessage>,
+        message: ServerMessage,
+        state: &mut ServerState,
+    ) -> Result<(), ActorProcessingErr> {
+        match message {
+            ServerMessage::Serve(call, port) => state.serve(call, port),
+            ServerMessage::GetRoom(port) => {
+                let has_room = state.cluster.work().is_some_and(crate::work::Work::has_room);
+                // A caller that has gone away needs no answer.
+                drop(port.send(if has_room { state.cluster.node().0 } else { 0 }));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl ServerState {
+    fn serve(&self, call: Wire<Call>, port: RpcReplyPort<Wire<Reply>>) {
+        let refuse = |code, reason: String| Reply::Failed(Error::new(code, reason));
+        let permit = self.calls.clone().try_acquire_owned();
+        let cluster = self.cluster.clone();
+        tokio::spawn(async move {
+            let reply = match (call.0, permit) {
+                (Err(reason), _) => refuse(ErrorCode::InvalidArgument, reason),
+                (_, Err(_)) => refuse(ErrorCode::Busy, "this node serves too many calls".into()),
+                (Ok(call), Ok(_permit)) => cluster.serve(call).await,
+            };
+            let reply = match codec::encode(&reply).len() > limits::MAX_MESH_BYTES {
+                true => Reply::UseGrpc,
+                false => reply,
+            };
+            drop(port.send(Wire(Ok(reply))));
+        });
+    }
+}
+
+/// Asks a node over the mesh. None when there is no session, the call is too large, or the
+/// answer is or does not come: then the caller uses gRPC.
+pub(crate) async fn ask(node: NodeId, call: &Call, timeout: Duration) -> Option<Reply> {
+    if matches!(call, Call::Parse { bytes, .. } if bytes.len() > limits::MAX_MESH_BYTES / 2) {
+        return None;
+    }
+    let member = pg::get_scoped_members(&SCOPE.to_owned(), &node_group(node)).into_iter().next()?;
+    if codec::encode(call).len() > limits::MAX_MESH_BYTES {
+        return None;
+    }
+    let server: ActorRef<ServerMessage> = member.into();
+    let call = call.clone();
+    match server.call(|port| ServerMessage::Serve(Wire(Ok(call)), port), Some(timeout)).await {
+        Ok(CallResult::Success(Wire(Ok(Reply::UseGrpc)))) => None,
+        Ok(CallResult::Success(Wire(Ok(reply)))) => Some(reply),
+        _ => None,
+    }
+}
+
+/// A node, not this one, that says it has room for work.
+pub(crate) async fn idle_worker(this: NodeId) -> Option<NodeId> {
+    let members = pg::get_scoped_members(&SCOPE.to_owned(), &WORKERS.to_owned());
+    let asks = members.into_iter().filter(|cell| !cell.get_id().is_local()).map(|cell: ActorCell| async move {
+        let server: ActorRef<ServerMessage> = cell.into();
+        match server.call(ServerMessage::GetRoom, Some(ROOM_TIMEOUT)).await {
+            Ok(CallResult::Success(node)) => NodeId(node),
+            _ => NodeId(0),
+        }
+    });
+    let rooms: Vec<NodeId> = futures::future::join_all(asks).await;
+    rooms.into_iter().find(|node| node.0 != 0 && *node != this)
+}
+
+fn node_group(node: NodeId) -> String {
+    format!("node-{node}")
+}
+
+/// The actor that keeps sessions to all members.
+pub(crate) struct Mesh;
+
+#[derive(Clone)]
+pub(crate) struct MeshArguments {
+    pub(crate) cluster: Cluster,
+    pub(crate) listen: SocketAddr,
+    pub(crate) secret: String,
+}
+
+#[derive(RactorMessage)]
+pub(crate) enum MeshMessage {
+    /// Dial the members without a session.
+    Dial,
+}
+
+pub(crate) struct MeshState {
+    cluster: Cluster,
+    server: ActorRef<NodeServerMessage>,
+}
+
+impl Actor for Mesh {
+    type Msg = MeshMessage;
+    type State = MeshState;
+    type Arguments = MeshArguments;
+
+    async fn pre_start(&self, myself: ActorRef<MeshMessage>, arguments: MeshArguments) -> Result<MeshState, ActorProcessingErr> {
+        let MeshArguments { cluster, listen, secret } = arguments;
+        let server = NodeServer::new(
+            listen.port(),
+            secret,
+            session_name(cluster.node()),
+            format!("{}-{}", listen.ip(), cluster.node()),
+            Some(IncomingEncryptionMode::Raw),
+            Some(NodeConnectionMode::Isolated),
+        )
+        .with_listen_addr(listen.ip())
+        .with_max_inbound_frame_size(4 * limits::MAX_MESH_BYTES as u64);
+        let (server, _) = Actor::spawn_linked(None, server, (), myself.get_cell()).await?;
+        myself.send_interval(DIAL_TICK, || MeshMessage::Dial);
+        Ok(MeshState { cluster, server })
+    }
+
+    async fn handle(
+        &self,
+        _: ActorRef<MeshMessage>,
+        message: MeshMessage,
+        state: &mut MeshState,
+    ) -> Result<(), ActorProcessingErr> {
+        match message {
+            MeshMessage::Dial => state.dial().await,
+        }
+        Ok(())
+    }
+
+    async fn handle_supervisor_evt(
+        &self,
+        myself: ActorRef<MeshMessage>,
+        event: SupervisionEvent,
+        _: &mut MeshState,
+    ) -> Result<(), ActorProcessingErr> {
+        match event {
+            // Without its listener the mesh is of no use: the root starts both anew.
+            SupervisionEvent::ActorFailed(_, error) => {
+                myself.stop(Some(format!("the node server failed: {error}")));
+                Ok(())
+            }
+            SupervisionEvent::ActorTerminated(_, _, reason) => {
+                myself.stop(Some(format!("the node server stopped: {reason:?}")));
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl MeshState {
+    /// Of each pair the node with the lower id dials, so that two dials never cross.
+    async fn dial(&self) {
+        let Ok(sessions) = ractor::call_t!(self.server, NodeServerMessage::GetSessions, 1000) else { return };
+        let connected: HashSet<String> = sessions
+            .values()
+            .filter_map(|session| session.peer_name.as_ref())
+            .filter_map(|name| name.name.split('@').next().map(str::to_owned))
+            .collect();
+        metrics::gauge!("shoal_mesh_sessions").set(connected.len() as f64);
+        let state = self.cluster.state();
+        let missing = state.nodes.iter().filter(|(id, _)| {
+            **id > self.cluster.node() && !connected.contains(&session_name(**id))
+        });
+        for (id, node) in missing {
+            let dial = ractor_cluster::client_connect(&self.server, node.addresses.mesh.as_str());
+            match tokio::time::timeout(DIAL_TIMEOUT, dial).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::debug!(peer = id.0, %error, "the mesh cannot reach a node yet"),
+                Err(_) => tracing::debug!(peer = id.0, "the mesh cannot reach a node in time"),
+            }
+        }
+    }
+}
+
+fn session_name(node: NodeId) -> String {
+    format!("shoal{node}")
+}

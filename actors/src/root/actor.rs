@@ -1,0 +1,136 @@
+//! The root actor: spawns the children and brings back the ones that fail.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, SupervisionEvent};
+use ractor_cluster::RactorMessage;
+
+use crate::blobs::BlobStore;
+use crate::cluster::Cluster;
+use crate::ingest::{Ingests, IngestsArguments};
+use crate::mesh::{Mesh, MeshArguments, Server};
+use crate::placement::Placement;
+use crate::shards::{Shards, ShardsArguments};
+use crate::work::Work;
+
+/// The pause before a failed child is started again.
+const RESTART_PAUSE: Duration = Duration::from_secs(1);
+
+pub(super) struct Root;
+
+#[derive(Clone)]
+pub(super) struct RootArguments {
+    pub(super) cluster: Cluster,
+    pub(super) blobs: BlobStore,
+    pub(super) shards_dir: PathBuf,
+    pub(super) mesh: MeshArguments,
+    pub(super) work: Work,
+}
+
+#[derive(RactorMessage)]
+pub(super) enum RootMessage {
+    /// Start a child (again).
+    Start(Child),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Child {
+    Mesh,
+    Server,
+    Shards,
+    Ingests,
+    Placement,
+}
+
+pub(super) struct RootState {
+    arguments: RootArguments,
+    children: Vec<(Child, ActorCell)>,
+}
+
+impl Actor for Root {
+    type Msg = RootMessage;
+    type State = RootState;
+    type Arguments = RootArguments;
+
+    async fn pre_start(
+        &self,
+        myself: ActorRef<RootMessage>,
+        arguments: RootArguments,
+    ) -> Result<RootState, ActorProcessingErr> {
+        let mut state = RootState { arguments, children: Vec::new() };
+        for child in [Child::Server, Child::Mesh, Child::Shards, Child::Ingests, Child::Placement] {
+            let cell = state.spawn(child, myself.get_cell()).await?;
+            state.children.push((child, cell));
+        }
+        Ok(state)
+    }
+
+    async fn handle(
+        &self,
+        myself: ActorRef<RootMessage>,
+        message: RootMessage,
+        state: &mut RootState,
+    ) -> Result<(), ActorProcessingErr> {
+        match message {
+            RootMessage::Start(child) => match state.spawn(child, myself.get_cell()).await {
+                Ok(cell) => state.children.push((child, cell)),
+                Err(error) => {
+                    tracing::error!(?child, %error, "a part of the node does not start; will try again");
+                    myself.send_after(RESTART_PAUSE, move || RootMessage::Start(child));
+                }
+            },
+        }
+        Ok(())
+    }
+
+    async fn handle_supervisor_evt(
+        &self,
+        myself: ActorRef<RootMessage>,
+        event: SupervisionEvent,
+        state: &mut RootState,
+    ) -> Result<(), ActorProcessingErr> {
+        let (cell, reason) = match event {
+            SupervisionEvent::ActorFailed(cell, error) => (cell, error.to_string()),
+            SupervisionEvent::ActorTerminated(cell, _, reason) => (cell, reason.unwrap_or_default()),
+            _ => return Ok(()),
+        };
+        let Some(at) = state.children.iter().position(|(_, known)| known.get_id() == cell.get_id()) else {
+            return Ok(());
+        };
+        let (child, _) = state.children.remove(at);
+        tracing::error!(?child, reason, "a part of the node failed and is started again");
+        metrics::counter!("shoal_actor_restarts_total").increment(1);
+        myself.send_after(RESTART_PAUSE, move || RootMessage::Start(child));
+        Ok(())
+    }
+
+    async fn post_stop(
+        &self,
+        myself: ActorRef<RootMessage>,
+        _: &mut RootState,
+    ) -> Result<(), ActorProcessingErr> {
+        myself.stop_children_and_wait(Some("the node stops".into()), Some(Duration::from_secs(5))).await;
+        Ok(())
+    }
+}
+
+impl RootState {
+    async fn spawn(&self, child: Child, parent: ActorCell) -> Result<ActorCell, ractor::SpawnErr> {
+        let arguments = self.arguments.clone();
+        let cluster = arguments.cluster.clone();
+        Ok(match child {
+            Child::Mesh => Actor::spawn_linked(None, Mesh, arguments.mesh, parent).await?.0.get_cell(),
+            Child::Server => Actor::spawn_linked(None, Server, cluster, parent).await?.0.get_cell(),
+            Child::Shards => {
+                let shards = ShardsArguments { cluster, blobs: arguments.blobs, dir: arguments.shards_dir };
+                Actor::spawn_linked(None, Shards, shards, parent).await?.0.get_cell()
+            }
+            Child::Ingests => {
+                let ingests = IngestsArguments { cluster, work: arguments.work };
+                Actor::spawn_linked(None, Ingests, ingests, parent).await?.0.get_cell()
+            }
+            Child::Placement => Actor::spawn_linked(None, Placement, cluster, parent).await?.0.get_cell(),
+        })
+    }
+}

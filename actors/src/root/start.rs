@@ -1,0 +1,250 @@
+//! Start and stop of a node's working parts.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ractor::{Actor, ActorRef};
+use shoal_proto::{Error, ErrorCode, GroupId, NodeId};
+use shoal_raft::cluster::{Command, Response};
+use shoal_raft::{Groups, LogConfig, LogStore, Peers, RaftConfig};
+
+use super::actor::{Root, RootArguments, RootMessage};
+use crate::blobs::BlobStore;
+use crate::bootstrap::{self, Discovery, Found, NodeFile};
+use crate::cluster::Cluster;
+use crate::control::Control;
+use crate::mesh::MeshArguments;
+use crate::service::{Identity, PeerService};
+use crate::work::{Work, WorkConfig};
+
+/// How often free disk space is looked at.
+const DISK_TICK: Duration = Duration::from_secs(1);
+/// How long a stop may take to hand leadership over.
+const HANDOVER_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// Everything that a node's working parts need to know.
+#[derive(Clone, Debug)]
+pub struct NodeConfig {
+    /// The data directory.
+    pub data: PathBuf,
+    /// Name, addresses, and how to find the others.
+    pub discovery: Discovery,
+    /// Timers and limits of Raft.
+    pub raft: RaftConfig,
+    /// Sizes of the log.
+    pub log: LogConfig,
+    /// What peers prove to each other.
+    pub secret: String,
+    /// Where the actor mesh listens.
+    pub mesh: SocketAddr,
+    /// Free bytes on the data directory's file system below which writes are refused.
+    pub disk_reserve_bytes: u64,
+    /// Parsers and embedders.
+    pub work: WorkConfig,
+}
+
+/// A running node.
+pub struct Running {
+    /// The handle that the edges use.
+    pub cluster: Cluster,
+    /// The blobs on this node.
+    pub blobs: BlobStore,
+    /// Parsers and embedders, here and on other nodes.
+    pub work: Work,
+    root: ActorRef<RootMessage>,
+}
+
+/// Brings a node up. `service` is being served already, so that other nodes can greet this one
+/// while it looks for its cluster. Returns when the node belongs to a cluster and its parts run.
+///
+/// # Errors
+/// When something on this node's disk or in its configuration is wrong, or the node has been
+/// removed from its cluster.
+pub async fn start(config: NodeConfig, peers: Peers, service: PeerService) -> Result<Running, Error> {
+    let mut file = NodeFile::open(&config.data).map_err(|error| on_disk(&config.data, &error))?;
+    if !file.is_member() {
+        let found = bootstrap::find_cluster(&peers, &config.discovery, &file).await;
+        (file.node, file.cluster_id) = match found {
+            Found::Create => (NodeId(1), uuid::Uuid::new_v4().to_string()),
+            Found::Joined { node, cluster_id } => (node, cluster_id),
+        };
+        // Durable before it is used: an id that was given out is never asked for again.
+        file.save(&config.data).map_err(|error| on_disk(&config.data, &error))?;
+    }
+    let node = file.node;
+    tracing::info!(node = node.0, cluster = file.cluster_id, "this node belongs to a cluster");
+
+    let log = LogStore::open(&config.data.join("log"), &config.log).map_err(|error| on_disk(&config.data, &error))?;
+    let incoming = config.data.join("incoming");
+    let groups = Groups::new(node, log, peers.clone(), &config.raft, incoming).map_err(|error| on_disk(&config.data, &error))?;
+    let control = Control::open(&config.data.join("control")).map_err(|error| on_disk(&config.data, &error))?;
+    let control = Arc::new(control);
+    let watch = control.watch();
+    note_addresses(&peers, &watch.borrow(), node);
+    bootstrap::learn_addresses(&peers, &config.discovery, &file.cluster_id).await;
+
+    let cluster = Cluster::new(groups.clone(), watch);
+    let blobs = BlobStore::open(&config.data.join("blobs")).map_err(|error| on_disk(&config.data, &error))?;
+    *service.identity.write() =
+        Identity { name: config.discovery.name.clone(), node, cluster_id: file.cluster_id.clone() };
+    // Peers are served before the control group opens: it may need them to get anywhere.
+    let served = service.node.set((cluster.clone(), blobs.clone()));
+    if served.is_err() {
+        return Err(Error::internal("a node was started twice on one peer service"));
+    }
+    open_control(&cluster, control, &config, &file).await?;
+    follow_state(&cluster, &peers, &config, node);
+    watch_disk(cluster.clone(), config.data.clone(), config.disk_reserve_bytes);
+
+    let work = Work::new(config.work.clone(), cluster.clone(), blobs.clone());
+    let arguments = RootArguments {
+        cluster: cluster.clone(),
+        blobs: blobs.clone(),
+        shards_dir: config.data.join("shards"),
+        mesh: MeshArguments { cluster: cluster.clone(), listen: config.mesh, secret: config.secret.clone() },
+        work: work.clone(),
+    };
+    let (root, _) = Actor::spawn(None, Root, arguments)
+        .await
+        .map_err(|error| Error::internal(format!("the supervision tree does not start: {error}")))?;
+    Ok(Running { cluster, blobs, work, root })
+}
+
+async fn open_control(
+    cluster: &Cluster,
+    control: Arc<Control>,
+    config: &NodeConfig,
+    file: &NodeFile,
+) -> Result<(), Error> {
+    let group = cluster.groups().open(GroupId::CONTROL, control).await?;
+    let is_first = file.node == NodeId(1);
+    if is_first && !group.is_initialized().await? {
+        group.initialize(&BTreeSet::from([file.node])).await?;
+    } else if group.status().voters == BTreeSet::from([file.node]) {
+        group.elect().await?;
+    }
+    if is_first && !cluster.state().nodes.contains_key(&file.node) {
+        // The first node, perhaps after a crash in the middle of this: both are idempotent.
+        let deadline = Instant::now() + Duration::from_secs(30);
+        cluster.control(Command::CreateCluster { cluster_id: file.cluster_id.clone() }, deadline).await?;
+        let add = Command::AddNode {
+            name: config.discovery.name.clone(),
+            incarnation: file.incarnation.clone(),
+            addresses: config.discovery.addresses.clone(),
+            zone: config.discovery.zone.clone(),
+        };
+        match cluster.control(add, deadline).await? {
+            Response::NodeAdded(node) if node == file.node => {}
+            other => return Err(Error::internal(format!("the first node was not added as node 1: {other:?}"))),
+        }
+    }
+    Ok(())
+}
+
+/// Follows the cluster's state for as long as the node runs: addresses of peers, this node's
+/// own address after a restart, and word that this node was removed.
+fn follow_state(cluster: &Cluster, peers: &Peers, config: &NodeConfig, node: NodeId) {
+    let mut watch = cluster.watch();
+    let (cluster, peers) = (cluster.clone(), peers.clone());
+    let own = config.discovery.addresses.clone();
+    tokio::spawn(async move {
+        loop {
+            let state = watch.borrow_and_update().clone();
+            note_addresses(&peers, &state, node);
+            if state.removed.contains(&node) {
+                tracing::error!(node = node.0, "this node was removed from its cluster and stops; its data directory is of no use any more");
+                std::process::exit(crate::EXIT_REMOVED);
+            }
+            let known = state.nodes.get(&node);
+            if known.is_some_and(|known| known.addresses != own) {
+                let command = Command::UpdateNode { node, addresses: own.clone() };
+                match cluster.control(command, Instant::now() + Duration::from_secs(10)).await {
+                    Ok(_) => tracing::info!("this node's addresses were updated"),
+                    Err(error) => {
+                        tracing::warn!(%error, "this node's addresses could not be updated yet");
+                        tokio::time::sleep(Duration::from_secs(1)).await;
+                        continue;
+                    }
+                }
+            }
+            if watch.changed().await.is_err() {
+                return;
+            }
+        }
+    });
+}
+
+fn note_addresses(peers: &Peers, state: &shoal_raft::cluster::ClusterState, own: NodeId) {
+    for (id, node) in state.nodes.iter().filter(|(id, _)| **id != own) {
+        peers.set_address(*id, &node.addresses.grpc);
+    }
+}
+
+/// Below the reserve nothing new is written; by itself again once there is room.
+fn watch_disk(cluster: Cluster, dir: PathBuf, reserve: u64) {
+    tokio::spawn(async move {
+        loop {
+            match free_bytes(&dir) {
+                Ok(free) => {
+                    metrics::gauge!("shoal_disk_free_bytes").set(free as f64);
+                    let writable = free >= reserve;
+                    if writable != cluster.is_writable() {
+                        tracing::warn!(free, reserve, writable, "the disk's reserve was crossed");
+                        cluster.set_writable(writable);
+                    }
+                }
+                Err(error) => tracing::warn!(%error, "free disk space cannot be read"),
+            }
+            tokio::time::sleep(DISK_TICK).await;
+        }
+    });
+}
+
+fn free_bytes(dir: &Path) -> std::io::Result<u64> {
+    let stat = nix::sys::statvfs::statvfs(dir)?;
+    Ok(stat.blocks_available() * stat.fragment_size())
+}
+
+fn on_disk(dir: &Path, error: &std::io::Error) -> Error {
+    Error::new(ErrorCode::Internal, format!("data directory {}: {error}", dir.display()))
+}
+
+impl Running {
+    /// Stops the node: hands leadership over, stops the actors, saves what is derived. Nothing
+    /// that was acknowledged depends on this; it only makes the gap and the next start short.
+    pub async fn stop(&self) {
+        hand_over(&self.cluster).await;
+        drop(self.root.stop_and_wait(Some("the node stops".into()), Some(Duration::from_secs(10))).await);
+        for group in self.cluster.groups().all() {
+            self.cluster.groups().close(group.id()).await;
+        }
+        for (id, local) in self.cluster.local_shards() {
+            let saved = tokio::task::spawn_blocking(move || local.shard.save_derived(true).and_then(|()| local.shard.checkpoint())).await;
+            if let Ok(Err(error)) = saved {
+                tracing::warn!(shard = id.0, %error, "derived files were not saved; the next start rebuilds them");
+            }
+        }
+    }
+}
+
+/// Asks a member that is up to date to lead each group that this node leads.
+async fn hand_over(cluster: &Cluster) {
+    let node = cluster.node();
+    for group in cluster.groups().all() {
+        let status = group.status();
+        let heir = status.matched.iter().filter(|(id, _)| **id != node && status.voters.contains(*id)).max_by_key(|(_, matched)| **matched);
+        if let Some((heir, _)) = heir.filter(|_| group.is_leader()) {
+            if let Err(error) = group.transfer_leader(*heir).await {
+                tracing::warn!(group = group.id().0, %error, "leadership could not be handed over");
+            }
+        }
+    }
+    let deadline = Instant::now() + HANDOVER_TIMEOUT;
+    let leads = || cluster.groups().all().iter().any(|group| group.is_leader() && group.status().voters.len() > 1);
+    while leads() && Instant::now() < deadline {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}

@@ -1,0 +1,153 @@
+//! The peers' gRPC service: Raft, calls, snapshots, blobs, greetings and joining.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures::Stream;
+use shoal_proto::peer::peer_server::Peer;
+use shoal_proto::peer::{
+    CallReply, CallRequest, GetBlobRequest, HelloReply, HelloRequest, JoinReply, JoinRequest, Piece, PutBlobReply,
+    RaftMessage, RaftReply,
+};
+use shoal_proto::{BlobHash, NodeId, ShardId, codec};
+use shoal_raft::cluster::{Addresses, Command, Response};
+use tokio_stream::StreamExt;
+use tonic::{Request, Status, Streaming};
+
+use crate::blobs::BlobStore;
+use crate::call::{Call, Reply};
+use crate::cluster::Cluster;
+
+/// What a node says of itself before it is part of a cluster, and after.
+#[derive(Clone, Debug, Default)]
+pub struct Identity {
+    /// Host name or ordinal.
+    pub name: String,
+    /// Zero before the node has joined.
+    pub node: NodeId,
+    /// Empty before the node has joined.
+    pub cluster_id: String,
+}
+
+/// The service. It is up before the node has joined, when it can only greet.
+#[derive(Clone)]
+pub struct PeerService {
+    pub(crate) identity: Arc<parking_lot::RwLock<Identity>>,
+    pub(crate) node: Arc<std::sync::OnceLock<(Cluster, BlobStore)>>,
+}
+
+impl PeerService {
+    /// A service for a node of that name.
+    pub fn new(name: &str) -> PeerService {
+        let identity = Identity { name: name.to_owned(), ..Identity::default() };
+        PeerService { identity: Arc::new(parking_lot::RwLock::new(identity)), node: Arc::default() }
+    }
+
+    fn cluster(&self) -> Result<&Cluster, Status> {
+        self.node.get().map(|(cluster, _)| cluster).ok_or_else(|| Status::unavailable("this node is still starting"))
+    }
+
+    fn blobs(&self) -> Result<&BlobStore, Status> {
+        self.node.get().map(|(_, blobs)| blobs).ok_or_else(|| Status::unavailable("this node is still starting"))
+    }
+}
+
+type PieceStream = Pin<Box<dyn Stream<Item = Result<Piece, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl Peer for PeerService {
+    async fn hello(&self, _: Request<HelloRequest>) -> Result<tonic::Response<HelloReply>, Status> {
+        let identity = self.identity.read().clone();
+        Ok(tonic::Response::new(HelloReply {
+            name: identity.name,
+            node_id: identity.node.0,
+            cluster_id: identity.cluster_id,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        }))
+    }
+
+    async fn join(&self, request: Request<JoinRequest>) -> Result<tonic::Response<JoinReply>, Status> {
+        let cluster = self.cluster()?;
+        let request = request.into_inner();
+        let addresses =
+            Addresses { http: request.http_address, grpc: request.grpc_address, mesh: request.mesh_address };
+        let command =
+            Command::AddNode { name: request.name, incarnation: request.incarnation, addresses, zone: request.zone };
+        let deadline = Instant::now() + Duration::from_secs(10);
+        match cluster.control(command, deadline).await {
+            Ok(Response::NodeAdded(node)) => {
+                let cluster_id = cluster.state().cluster_id.clone();
+                Ok(tonic::Response::new(JoinReply { node_id: node.0, cluster_id }))
+            }
+            Ok(other) => Err(Status::internal(format!("unexpected answer to a join: {other:?}"))),
+            Err(error) => Err(Status::unavailable(error.message)),
+        }
+    }
+
+    async fn raft(&self, request: Request<RaftMessage>) -> Result<tonic::Response<RaftReply>, Status> {
+        let reply = self.cluster()?.groups().handle(request.into_inner()).await;
+        reply.map(tonic::Response::new).map_err(|error| Status::unavailable(error.to_string()))
+    }
+
+    async fn install_snapshot(
+        &self,
+        request: Request<Streaming<Piece>>,
+    ) -> Result<tonic::Response<RaftReply>, Status> {
+        let reply = self.cluster()?.groups().handle_snapshot(request.into_inner()).await;
+        reply.map(tonic::Response::new).map_err(|error| Status::unavailable(error.to_string()))
+    }
+
+    async fn call(&self, request: Request<CallRequest>) -> Result<tonic::Response<CallReply>, Status> {
+        let cluster = self.cluster()?;
+        let call: Call =
+            codec::decode(&request.get_ref().body).map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let reply: Reply = cluster.serve(call).await;
+        Ok(tonic::Response::new(CallReply { body: codec::encode(&reply).into() }))
+    }
+
+    async fn put_blob(&self, request: Request<Streaming<Piece>>) -> Result<tonic::Response<PutBlobReply>, Status> {
+        let blobs = self.blobs()?;
+        let mut pieces = request.into_inner();
+        let mut upload = None;
+        while let Some(piece) = pieces.next().await {
+            let piece = piece?;
+            if upload.is_none() {
+                let (shard, hash): (ShardId, BlobHash) = codec::decode(&piece.header)
+                    .map_err(|error| Status::invalid_argument(format!("blob header: {error}")))?;
+                if blobs.contains(shard, hash) {
+                    return Ok(tonic::Response::new(PutBlobReply { bytes: 0 }));
+                }
+                upload = Some((shard, hash, blobs.begin().await.map_err(io_status)?));
+            }
+            if let Some((_, _, upload)) = &mut upload {
+                upload.write(&piece.data).await.map_err(io_status)?;
+            }
+        }
+        let (shard, hash, upload) = upload.ok_or_else(|| Status::invalid_argument("no pieces"))?;
+        let bytes = upload.finish_as(blobs, shard, hash).await.map_err(io_status)?;
+        Ok(tonic::Response::new(PutBlobReply { bytes }))
+    }
+
+    type GetBlobStream = PieceStream;
+
+    async fn get_blob(&self, request: Request<GetBlobRequest>) -> Result<tonic::Response<PieceStream>, Status> {
+        let request = request.into_inner();
+        let hash: BlobHash = request.hash.parse().map_err(Status::invalid_argument)?;
+        let pieces = self.blobs()?.read_stream(ShardId(request.group), hash).await.map_err(io_status)?;
+        let pieces = pieces.map(|piece| match piece {
+            Ok(data) => Ok(Piece { header: bytes::Bytes::new(), data }),
+            Err(error) => Err(io_status(error)),
+        });
+        Ok(tonic::Response::new(Box::pin(pieces)))
+    }
+}
+
+fn io_status(error: std::io::Error) -> Status {
+    match error.kind() {
+        std::io::ErrorKind::NotFound => Status::not_found("no such blob here"),
+        std::io::ErrorKind::InvalidData => Status::data_loss(error.to_string()),
+        std::io::ErrorKind::StorageFull => Status::resource_exhausted("the disk is full"),
+        _ => Status::internal(error.to_string()),
+    }
+}

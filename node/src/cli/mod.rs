@@ -1,0 +1,79 @@
+//! The commands.
+
+mod client;
+mod ingest;
+mod search;
+mod status;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use crate::config::{Config, ServeArgs};
+use crate::serve;
+
+/// A document retrieval cluster in one binary.
+#[derive(Parser)]
+#[command(name = "shoal", version)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run a node.
+    Serve(Box<ServeArgs>),
+    /// Work with settings.
+    Config {
+        #[command(subcommand)]
+        command: ConfigCommand,
+    },
+    /// Show the cluster.
+    Status(client::ClientArgs),
+    /// Exit with 0 when a node lives (or is ready).
+    Health {
+        #[command(flatten)]
+        client: client::ClientArgs,
+        /// Ask whether the node can serve, not only whether it lives.
+        #[arg(long)]
+        ready: bool,
+    },
+    /// Upload a folder and make it searchable; run it again to go on where it stopped.
+    Ingest(ingest::IngestArgs),
+    /// Search a vector store.
+    Search(search::SearchArgs),
+}
+
+#[derive(Subcommand)]
+enum ConfigCommand {
+    /// Check the settings and print the effective ones.
+    Check(Box<ServeArgs>),
+}
+
+/// Runs a command.
+///
+/// # Errors
+/// For the person who typed it.
+pub fn run(cli: Cli) -> Result<()> {
+    let runtime = || tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    match cli.command {
+        Command::Serve(args) => {
+            let config = Config::load(&args)?;
+            runtime()?.block_on(serve::run(config))
+        }
+        Command::Config { command: ConfigCommand::Check(args) } => {
+            let mut config = Config::load(&args)?;
+            for secret in [&mut config.api_key, &mut config.cluster_secret] {
+                if !secret.is_empty() {
+                    *secret = "(set)".into();
+                }
+            }
+            print!("{}", toml::to_string(&config)?);
+            Ok(())
+        }
+        Command::Status(client) => runtime()?.block_on(status::run(client)),
+        Command::Health { client, ready } => runtime()?.block_on(status::health(client, ready)),
+        Command::Ingest(args) => runtime()?.block_on(ingest::run(args)),
+        Command::Search(args) => runtime()?.block_on(search::run(args)),
+    }
+}

@@ -1,0 +1,442 @@
+//! Every setting, with unit, default and range: file (TOML) < environment < flags.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
+use serde::{Deserialize, Serialize};
+use shoal_actors::Consistency;
+use shoal_actors::embed::HttpModelConfig;
+use shoal_actors::parse::ParseLimits;
+use shoal_raft::{LogConfig, RaftConfig};
+
+/// Flags of `shoal serve`; each can also come from the environment.
+#[derive(Args, Clone, Debug, Default)]
+pub struct ServeArgs {
+    /// A TOML file with settings; flags and environment win over it.
+    #[arg(long, env = "SHOAL_CONFIG")]
+    pub config: Option<PathBuf>,
+    /// The node's name; the host name when absent. Only a name, never an identity.
+    #[arg(long, env = "SHOAL_NAME")]
+    pub name: Option<String>,
+    /// The data directory.
+    #[arg(long, env = "SHOAL_DATA")]
+    pub data: Option<PathBuf>,
+    /// Where HTTP is served.
+    #[arg(long, env = "SHOAL_HTTP")]
+    pub http: Option<SocketAddr>,
+    /// Where gRPC is served, for peers and clients.
+    #[arg(long, env = "SHOAL_GRPC")]
+    pub grpc: Option<SocketAddr>,
+    /// Where the actor mesh listens, for peers.
+    #[arg(long, env = "SHOAL_MESH")]
+    pub mesh: Option<SocketAddr>,
+    /// The host by which other nodes reach this one, when it is not the listening address.
+    #[arg(long, env = "SHOAL_ADVERTISE")]
+    pub advertise: Option<String>,
+    /// gRPC addresses of other nodes: host:port, comma separated; a DNS name may stand for all.
+    #[arg(long, env = "SHOAL_JOIN", value_delimiter = ',')]
+    pub join: Option<Vec<String>>,
+    /// How many nodes must agree before a cluster is created.
+    #[arg(long, env = "SHOAL_EXPECT")]
+    pub expect: Option<usize>,
+    /// The key that clients must send.
+    #[arg(long, env = "SHOAL_API_KEY", hide_env_values = true)]
+    pub api_key: Option<String>,
+    /// What peers prove to each other; derived from the API key when absent.
+    #[arg(long, env = "SHOAL_CLUSTER_SECRET", hide_env_values = true)]
+    pub cluster_secret: Option<String>,
+    /// The failure domain of this node.
+    #[arg(long, env = "SHOAL_ZONE")]
+    pub zone: Option<String>,
+    /// Serve on any address without key or TLS.
+    #[arg(long, env = "SHOAL_INSECURE")]
+    pub insecure: bool,
+    /// The folder that holds model folders.
+    #[arg(long, env = "SHOAL_MODELS")]
+    pub models: Option<PathBuf>,
+    /// Certificate chain for HTTPS (PEM).
+    #[arg(long, env = "SHOAL_TLS_CERT")]
+    pub tls_cert: Option<PathBuf>,
+    /// Private key for HTTPS (PEM).
+    #[arg(long, env = "SHOAL_TLS_KEY")]
+    pub tls_key: Option<PathBuf>,
+    /// `json` or `text`.
+    #[arg(long, env = "SHOAL_LOG_FORMAT")]
+    pub log_format: Option<LogFormat>,
+    /// A level, or `tracing` directives.
+    #[arg(long, env = "SHOAL_LOG_LEVEL")]
+    pub log_level: Option<String>,
+    /// Serve `/metrics` without a key.
+    #[arg(long, env = "SHOAL_METRICS_OPEN")]
+    pub metrics_open: bool,
+    /// Entries after which a shard makes a checkpoint.
+    #[arg(long, env = "SHOAL_RAFT_CHECKPOINT_ENTRIES")]
+    pub raft_checkpoint_entries: Option<u64>,
+    /// Entries kept in the log behind a checkpoint.
+    #[arg(long, env = "SHOAL_RAFT_KEEP_ENTRIES")]
+    pub raft_keep_entries: Option<u64>,
+    /// Free bytes on the data directory's file system below which writes are refused.
+    #[arg(long, env = "SHOAL_DISK_RESERVE")]
+    pub disk_reserve: Option<u64>,
+}
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum LogFormat {
+    /// One JSON object a line.
+    Json,
+    /// For people.
+    #[default]
+    Text,
+}
+
+/// The effective settings.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// The node's name; the host name when empty.
+    pub name: String,
+    /// The data directory.
+    pub data: PathBuf,
+    /// Where HTTP is served.
+    pub http: SocketAddr,
+    /// Where gRPC is served.
+    pub grpc: SocketAddr,
+    /// Where the actor mesh listens.
+    pub mesh: SocketAddr,
+    /// The host by which other nodes reach this one; the listening address when empty.
+    pub advertise: String,
+    /// gRPC addresses of other nodes.
+    pub join: Vec<String>,
+    /// How many nodes must agree before a cluster is created, from 1.
+    pub expect: usize,
+    /// The key that clients must send; none when empty.
+    pub api_key: String,
+    /// What peers prove to each other; derived from the API key when empty.
+    pub cluster_secret: String,
+    /// The failure domain of this node.
+    pub zone: String,
+    /// Serve on any address without key or TLS.
+    pub insecure: bool,
+    /// The folder that holds model folders.
+    pub models: PathBuf,
+    /// The model of vector stores that do not name one.
+    pub default_model: String,
+    /// Certificate chain for HTTPS (PEM); no TLS when empty.
+    pub tls_cert: PathBuf,
+    /// Private key for HTTPS (PEM).
+    pub tls_key: PathBuf,
+    /// How log lines look.
+    pub log_format: LogFormat,
+    /// A level, or `tracing` directives.
+    pub log_level: String,
+    /// Serve `/metrics` without a key.
+    pub metrics_open: bool,
+    /// Free bytes below which writes are refused.
+    pub disk_reserve_bytes: u64,
+    /// Raft timers and sizes.
+    pub raft: RaftSettings,
+    /// Limits of the HTTP edge.
+    pub limits: Limits,
+    /// Limits of one parse.
+    pub parse: ParseLimits,
+    /// Parser children at once; the number of cores when zero.
+    pub parsers: usize,
+    /// Bytes of the embedding cache.
+    pub embedding_cache_bytes: usize,
+    /// Remote models.
+    pub http_models: Vec<HttpModelConfig>,
+}
+
+/// Raft timers and sizes.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RaftSettings {
+    /// Milliseconds between heartbeats.
+    pub heartbeat_ms: u64,
+    /// The shortest election time-out in milliseconds.
+    pub election_min_ms: u64,
+    /// The longest election time-out in milliseconds; also the leader's lease.
+    pub election_max_ms: u64,
+    /// Entries after which a shard makes a checkpoint.
+    pub checkpoint_entries: u64,
+    /// Entries kept in the log behind a checkpoint.
+    pub keep_entries: u64,
+    /// Size of one log file in bytes.
+    pub log_file_bytes: u64,
+    /// Size of all log files beyond which old ones are dropped or rewritten, in bytes.
+    pub log_purge_bytes: u64,
+}
+
+/// Limits of the HTTP edge.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Limits {
+    /// The largest JSON body in bytes.
+    pub body_bytes: usize,
+    /// The largest uploaded file in bytes.
+    pub upload_bytes: usize,
+    /// Requests served at once; beyond them 429.
+    pub concurrent_requests: usize,
+    /// Seconds that a request may take when the client does not say.
+    pub request_seconds: u64,
+    /// Seconds in which a client must have sent its headers.
+    pub header_seconds: u64,
+    /// How fresh reads are when the client does not say: `linearizable`, `session`, `eventual`.
+    pub default_consistency: ConsistencySetting,
+}
+
+/// How fresh reads are by default.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ConsistencySetting {
+    /// See [`Consistency::Linearizable`].
+    #[default]
+    Linearizable,
+    /// See [`Consistency::Session`].
+    Session,
+    /// See [`Consistency::Eventual`].
+    Eventual,
+}
+
+impl From<ConsistencySetting> for Consistency {
+    fn from(setting: ConsistencySetting) -> Consistency {
+        match setting {
+            ConsistencySetting::Linearizable => Consistency::Linearizable,
+            ConsistencySetting::Session => Consistency::Session,
+            ConsistencySetting::Eventual => Consistency::Eventual,
+        }
+    }
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        let loopback = |port| SocketAddr::from(([127, 0, 0, 1], port));
+        Config {
+            name: String::new(),
+            data: "data".into(),
+            http: loopback(6333),
+            grpc: loopback(6334),
+            mesh: loopback(6335),
+            advertise: String::new(),
+            join: Vec::new(),
+            expect: 1,
+            api_key: String::new(),
+            cluster_secret: String::new(),
+            zone: String::new(),
+            insecure: false,
+            models: "models".into(),
+            default_model: "multilingual-e5-small".into(),
+            tls_cert: PathBuf::new(),
+            tls_key: PathBuf::new(),
+            log_format: LogFormat::default(),
+            log_level: "info".into(),
+            metrics_open: false,
+            disk_reserve_bytes: 256 << 20,
+            raft: RaftSettings::default(),
+            limits: Limits::default(),
+            parse: ParseLimits::default(),
+            parsers: 0,
+            embedding_cache_bytes: 64 << 20,
+            http_models: Vec::new(),
+        }
+    }
+}
+
+impl Default for RaftSettings {
+    fn default() -> Self {
+        let (raft, log) = (RaftConfig::default(), LogConfig::default());
+        RaftSettings {
+            heartbeat_ms: raft.heartbeat.as_millis() as u64,
+            election_min_ms: raft.election_timeout.0.as_millis() as u64,
+            election_max_ms: raft.election_timeout.1.as_millis() as u64,
+            checkpoint_entries: raft.checkpoint_entries,
+            keep_entries: raft.keep_entries,
+            log_file_bytes: log.file_bytes,
+            log_purge_bytes: log.purge_threshold_bytes,
+        }
+    }
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits {
+            body_bytes: 32 << 20,
+            upload_bytes: 256 << 20,
+            concurrent_requests: 1024,
+            request_seconds: 10,
+            header_seconds: 10,
+            default_consistency: ConsistencySetting::default(),
+        }
+    }
+}
+
+impl RaftSettings {
+    /// Timers and sizes as the raft crate wants them.
+    pub fn raft(&self) -> RaftConfig {
+        let ms = Duration::from_millis;
+        RaftConfig {
+            heartbeat: ms(self.heartbeat_ms),
+            election_timeout: (ms(self.election_min_ms), ms(self.election_max_ms)),
+            checkpoint_entries: self.checkpoint_entries,
+            keep_entries: self.keep_entries,
+        }
+    }
+
+    /// Sizes of the log.
+    pub fn log(&self) -> LogConfig {
+        LogConfig { file_bytes: self.log_file_bytes, purge_threshold_bytes: self.log_purge_bytes }
+    }
+}
+
+impl Config {
+    /// The effective settings: file < environment < flags, all checked.
+    ///
+    /// # Errors
+    /// Names the setting at fault.
+    pub fn load(args: &ServeArgs) -> Result<Config> {
+        let mut config = match &args.config {
+            Some(path) => Config::read(path)?,
+            None => Config::default(),
+        };
+        config.apply(args);
+        if config.name.is_empty() {
+            config.name = host_name();
+        }
+        config.check()?;
+        Ok(config)
+    }
+
+    fn read(path: &Path) -> Result<Config> {
+        let text = std::fs::read_to_string(path).with_context(|| format!("config file {}", path.display()))?;
+        toml::from_str(&text).with_context(|| format!("config file {}", path.display()))
+    }
+
+    fn apply(&mut self, args: &ServeArgs) {
+        fn set<T: Clone>(into: &mut T, from: &Option<T>) {
+            if let Some(from) = from {
+                into.clone_from(from);
+            }
+        }
+        set(&mut self.name, &args.name);
+        set(&mut self.data, &args.data);
+        set(&mut self.http, &args.http);
+        set(&mut self.grpc, &args.grpc);
+        set(&mut self.mesh, &args.mesh);
+        set(&mut self.advertise, &args.advertise);
+        set(&mut self.join, &args.join);
+        set(&mut self.expect, &args.expect);
+        set(&mut self.api_key, &args.api_key);
+        set(&mut self.cluster_secret, &args.cluster_secret);
+        set(&mut self.zone, &args.zone);
+        set(&mut self.models, &args.models);
+        set(&mut self.tls_cert, &args.tls_cert);
+        set(&mut self.tls_key, &args.tls_key);
+        set(&mut self.log_format, &args.log_format);
+        set(&mut self.log_level, &args.log_level);
+        set(&mut self.raft.checkpoint_entries, &args.raft_checkpoint_entries);
+        set(&mut self.raft.keep_entries, &args.raft_keep_entries);
+        set(&mut self.disk_reserve_bytes, &args.disk_reserve);
+        self.insecure |= args.insecure;
+        self.metrics_open |= args.metrics_open;
+    }
+
+    fn check(&self) -> Result<()> {
+        let is_ascii = |text: &str| text.chars().all(|c| c.is_ascii_graphic());
+        ensure!(is_ascii(&self.api_key), "api_key: only visible ASCII characters");
+        ensure!(is_ascii(&self.cluster_secret), "cluster_secret: only visible ASCII characters");
+        ensure!((1..=1000).contains(&self.expect), "expect: {} is not between 1 and 1000", self.expect);
+        ensure!(self.expect == 1 || !self.join.is_empty(), "expect: {} nodes cannot be found without join", self.expect);
+        let raft = &self.raft;
+        ensure!(raft.heartbeat_ms >= 10, "raft.heartbeat_ms: {} is less than 10", raft.heartbeat_ms);
+        ensure!(raft.election_min_ms > 2 * raft.heartbeat_ms, "raft.election_min_ms: must be more than two heartbeats");
+        ensure!(raft.election_max_ms > raft.election_min_ms, "raft.election_max_ms: must be more than election_min_ms");
+        ensure!(raft.checkpoint_entries >= 100, "raft.checkpoint_entries: {} is less than 100", raft.checkpoint_entries);
+        ensure!(self.limits.body_bytes <= 60 << 20, "limits.body_bytes: at most 60 MiB fit into the log");
+        ensure!(self.tls_cert.as_os_str().is_empty() == self.tls_key.as_os_str().is_empty(), "tls_cert and tls_key go together");
+        self.check_exposure()
+    }
+
+    /// Safe by default: an address that others can reach needs a key and TLS.
+    fn check_exposure(&self) -> Result<()> {
+        let exposed = [self.http, self.grpc, self.mesh].into_iter().find(|address| !address.ip().is_loopback());
+        let Some(address) = exposed.filter(|_| !self.insecure) else { return Ok(()) };
+        if self.api_key.is_empty() {
+            bail!("refusing to listen on {address} without an API key: set --api-key (and TLS), or say --insecure");
+        }
+        if !self.has_tls() {
+            bail!("refusing to listen on {address} without TLS: set --tls-cert and --tls-key, or say --insecure");
+        }
+        if let Some(peers) = [self.grpc, self.mesh].into_iter().find(|address| !address.ip().is_loopback()) {
+            bail!("refusing to listen on {peers}: traffic between nodes is not encrypted; keep --grpc and --mesh on a private network and say --insecure");
+        }
+        Ok(())
+    }
+
+    /// Whether HTTP is served with TLS.
+    pub fn has_tls(&self) -> bool {
+        !self.tls_cert.as_os_str().is_empty()
+    }
+
+    /// What peers prove to each other. Without any setting it is a constant: the node then
+    /// listens on loopback only.
+    pub fn secret(&self) -> String {
+        if !self.cluster_secret.is_empty() {
+            return self.cluster_secret.clone();
+        }
+        blake3::Hasher::new_derive_key("shoal 2026 cluster secret from API key")
+            .update(self.api_key.as_bytes())
+            .finalize()
+            .to_hex()
+            .to_string()
+    }
+
+    /// An address as other nodes and clients reach it.
+    pub fn advertised(&self, address: SocketAddr) -> String {
+        match (self.advertise.as_str(), address.ip().is_unspecified()) {
+            ("", false) => address.to_string(),
+            ("", true) => format!("{}:{}", host_name(), address.port()),
+            (host, _) => format!("{host}:{}", address.port()),
+        }
+    }
+}
+
+fn host_name() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    match name.trim() {
+        "" => "shoal".into(),
+        name => name.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_reference_file_is_the_default() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/shoal.toml");
+        let reference = Config::read(&path).expect("deploy/shoal.toml loads");
+        let text = |config: &Config| toml::to_string(config).expect("serialises");
+        assert_eq!(text(&reference), text(&Config::default()), "every setting stands there with its default");
+    }
+
+    #[test]
+    fn exposure_needs_key_and_tls_or_a_word() {
+        let open: SocketAddr = "0.0.0.0:6333".parse().expect("an address");
+        let args = |api_key: Option<&str>, insecure| ServeArgs {
+            http: Some(open),
+            api_key: api_key.map(str::to_owned),
+            insecure,
+            ..ServeArgs::default()
+        };
+        assert!(Config::load(&args(None, false)).is_err());
+        assert!(Config::load(&args(Some("key"), false)).is_err());
+        assert!(Config::load(&args(None, true)).is_ok());
+        assert!(Config::load(&ServeArgs::default()).is_ok());
+    }
+}

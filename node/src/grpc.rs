@@ -1,0 +1,103 @@
+//! The gRPC edge: the peers' service behind the cluster secret, and the parser service for
+//! clients behind the API key. Both are checked on the call's metadata, before any body is
+//! decoded.
+
+use std::net::SocketAddr;
+
+use anyhow::{Context, Result};
+use shoal_actors::service::PeerService;
+use shoal_proto::ErrorCode;
+use shoal_proto::parser::document_parser_server::{DocumentParser, DocumentParserServer};
+use shoal_proto::parser::{HealthCheckReply, HealthCheckRequest, ParseReply, ParseRequest};
+use shoal_proto::peer::peer_server::PeerServer;
+use shoal_raft::network::{MAX_PEER_MESSAGE_BYTES, SECRET_HEADER};
+use tokio::net::TcpListener;
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::Server;
+use tonic::{Request, Response, Status};
+
+use crate::app::App;
+use crate::http::same_key;
+
+/// The largest file that the parser service takes, in bytes.
+const MAX_PARSE_BYTES: usize = 100 << 20;
+/// Streams that one peer may have open on a connection.
+const MAX_STREAMS: u32 = 1024;
+
+/// Serves gRPC until the process ends. Returns once the address is bound.
+///
+/// # Errors
+/// When the address cannot be bound.
+pub async fn serve(app: App, peers: PeerService) -> Result<()> {
+    let config = app.config().clone();
+    let address: SocketAddr = config.grpc;
+    let listener = TcpListener::bind(address).await.with_context(|| format!("gRPC address {address}"))?;
+    let secret = config.secret();
+    let check_secret = move |request: Request<()>| match request.metadata().get(SECRET_HEADER).map(|v| v.to_str()) {
+        Some(Ok(given)) if same_key(given, &secret) => Ok(request),
+        _ => Err(Status::unauthenticated("the cluster secret is missing or wrong")),
+    };
+    let key = config.api_key.clone();
+    let check_key = move |request: Request<()>| {
+        let header = |name: &str| request.metadata().get(name).and_then(|value| value.to_str().ok());
+        let given = header("authorization").and_then(|value| value.strip_prefix("Bearer ")).or_else(|| header("api-key"));
+        match key.is_empty() || given.is_some_and(|given| same_key(given, &key)) {
+            true => Ok(request),
+            false => Err(Status::unauthenticated("a valid API key is needed")),
+        }
+    };
+    let peer = PeerServer::new(peers)
+        .max_decoding_message_size(MAX_PEER_MESSAGE_BYTES)
+        .max_encoding_message_size(MAX_PEER_MESSAGE_BYTES);
+    let parser = DocumentParserServer::new(Parser(app)).max_decoding_message_size(MAX_PARSE_BYTES);
+    let server = Server::builder()
+        .tcp_nodelay(true)
+        .max_concurrent_streams(MAX_STREAMS)
+        .initial_stream_window_size(4 << 20)
+        .initial_connection_window_size(16 << 20)
+        .add_service(InterceptedService::new(peer, check_secret))
+        .add_service(InterceptedService::new(parser, check_key))
+        .serve_with_incoming(TcpListenerStream::new(listener));
+    tokio::spawn(async move {
+        if let Err(error) = server.await {
+            tracing::error!(%error, "gRPC has stopped");
+        }
+    });
+    Ok(())
+}
+
+/// `DocumentParser`, as the parser services that Shoal replaces serve it.
+struct Parser(App);
+
+#[tonic::async_trait]
+impl DocumentParser for Parser {
+    async fn parse_document(&self, request: Request<ParseRequest>) -> Result<Response<ParseReply>, Status> {
+        let request = request.into_inner();
+        let running = self.0.running().map_err(|error| Status::unavailable(error.message))?;
+        let name = request.file_path.rsplit(['/', '\\']).next().unwrap_or_default();
+        let has_extension = name.contains('.');
+        let extension = request.file_type.rsplit('/').next().unwrap_or_default();
+        let filename = match has_extension || extension.is_empty() {
+            true => name.to_owned(),
+            false => format!("{name}.{extension}"),
+        };
+        let parsed = running.work.parse(&filename, request.file_data.to_vec()).await;
+        let parsed = parsed.map_err(|error| match error.code {
+            ErrorCode::Unprocessable => Status::invalid_argument(error.message),
+            ErrorCode::Busy => Status::resource_exhausted(error.message),
+            _ => Status::internal(error.message),
+        })?;
+        let metadata = [("filename".to_owned(), filename), ("sections".to_owned(), parsed.sections.len().to_string())];
+        Ok(Response::new(ParseReply {
+            content: parsed.content(),
+            metadata: metadata.into_iter().collect(),
+            page_count: parsed.page_count,
+        }))
+    }
+
+    async fn health_check(&self, _: Request<HealthCheckRequest>) -> Result<Response<HealthCheckReply>, Status> {
+        let healthy = self.0.running().is_ok();
+        Ok(Response::new(HealthCheckReply { healthy, version: env!("CARGO_PKG_VERSION").to_owned() }))
+    }
+}

@@ -1,0 +1,152 @@
+//! What every request passes through.
+
+use std::any::Any;
+use std::time::Instant;
+
+use axum::extract::{MatchedPath, Request, State};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use metrics::{counter, gauge, histogram};
+use sha2::{Digest, Sha256};
+use shoal_proto::{Error, ErrorCode};
+use subtle::ConstantTimeEq;
+use tracing::Instrument;
+use uuid::Uuid;
+
+use crate::app::App;
+use crate::http::error::{Surface, render};
+
+/// The id of a request: the client's or a fresh one; in the answer and in every log line.
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// The longest request id that is taken from a client, in bytes.
+const MAX_REQUEST_ID_BYTES: usize = 128;
+/// Paths that need no key: they tell only whether the node lives.
+const OPEN: [&str; 5] = ["/health/live", "/health/ready", "/healthz", "/livez", "/readyz"];
+
+/// One log line and one measurement per request.
+pub(super) async fn observe(request: Request, next: Next) -> Response {
+    let started = Instant::now();
+    let method = request.method().clone();
+    let path = request.uri().path().to_owned();
+    // The route, not the path: labels take few values.
+    let route = request.extensions().get::<MatchedPath>().map_or("none", MatchedPath::as_str).to_owned();
+    let id = request_id(request.headers());
+    gauge!("shoal_http_in_flight").increment(1.0);
+    let span = tracing::info_span!("request", request_id = id);
+    let mut response = next.run(request).instrument(span.clone()).await;
+    gauge!("shoal_http_in_flight").decrement(1.0);
+    let status = response.status();
+    if let Ok(value) = HeaderValue::from_str(&id) {
+        response.headers_mut().insert(REQUEST_ID, value);
+    }
+    let labels = [("method", method.to_string()), ("path", route), ("status", status.as_u16().to_string())];
+    counter!("http_requests_total", &labels).increment(1);
+    histogram!("http_request_duration_seconds", &labels).record(started.elapsed());
+    let _in_span = span.enter();
+    let milliseconds = started.elapsed().as_secs_f64() * 1e3;
+    if status.is_server_error() && !OPEN.contains(&path.as_str()) {
+        tracing::warn!(%method, path, status = status.as_u16(), milliseconds, "request");
+    } else {
+        tracing::debug!(%method, path, status = status.as_u16(), milliseconds, "request");
+    }
+    response
+}
+
+fn request_id(headers: &HeaderMap) -> String {
+    let given = headers.get(REQUEST_ID).and_then(|value| value.to_str().ok());
+    let is_good = |id: &&str| {
+        !id.is_empty() && id.len() <= MAX_REQUEST_ID_BYTES && id.chars().all(|c| c.is_ascii_alphanumeric() || "-_.:".contains(c))
+    };
+    given.filter(is_good).map_or_else(|| Uuid::new_v4().to_string(), str::to_owned)
+}
+
+/// Refuses what is beyond the number of requests that are served at once. Health is answered
+/// always, so that a busy node is not taken for a dead one.
+pub(super) async fn limit_concurrency(State(app): State<App>, request: Request, next: Next) -> Response {
+    if OPEN.contains(&request.uri().path()) {
+        return next.run(request).await;
+    }
+    match app.requests().try_acquire() {
+        Ok(_permit) => next.run(request).await,
+        Err(_) => {
+            let surface = Surface::of(request.uri().path());
+            render(&Error::new(ErrorCode::Busy, "too many requests at once; try again"), surface)
+        }
+    }
+}
+
+/// Lets in who has the key. Keys are compared by their hashes in constant time.
+pub(super) async fn check_key(State(app): State<App>, request: Request, next: Next) -> Response {
+    let config = app.config();
+    let path = request.uri().path();
+    let is_open = config.api_key.is_empty() || OPEN.contains(&path) || (path == "/metrics" && config.metrics_open);
+    if is_open || key_of(request.headers()).is_some_and(|key| same_key(key, &config.api_key)) {
+        return next.run(request).await;
+    }
+    let message = "a valid API key is needed: send it as `Authorization: Bearer KEY` or `api-key: KEY`";
+    render(&Error::new(ErrorCode::Unauthenticated, message), Surface::of(path))
+}
+
+fn key_of(headers: &HeaderMap) -> Option<&str> {
+    let bearer = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok()?.strip_prefix("Bearer "));
+    bearer.or_else(|| headers.get("api-key")?.to_str().ok())
+}
+
+/// Whether two keys are the same, in a time that does not tell where they differ.
+pub(crate) fn same_key(given: &str, wanted: &str) -> bool {
+    Sha256::digest(given).ct_eq(&Sha256::digest(wanted)).into()
+}
+
+/// Refusals that the framework makes itself (a body too large, a broken path) in our shapes.
+pub(super) async fn own_errors(request: Request, next: Next) -> Response {
+    let surface = Surface::of(request.uri().path());
+    let response = next.run(request).await;
+    let status = response.status();
+    let is_ours = response
+        .headers()
+        .get(header::CONTENT_TYPE)
+        .is_some_and(|kind| kind.as_bytes().starts_with(b"application/"));
+    if is_ours || !(status.is_client_error() || status == StatusCode::GATEWAY_TIMEOUT) {
+        return response;
+    }
+    let (code, message) = match status {
+        StatusCode::PAYLOAD_TOO_LARGE => (ErrorCode::TooLarge, "the body is larger than the limit"),
+        StatusCode::GATEWAY_TIMEOUT => (ErrorCode::Unknown, "the request took too long"),
+        StatusCode::NOT_FOUND => (ErrorCode::NotFound, "no such path"),
+        _ => (ErrorCode::InvalidArgument, "the request cannot be read"),
+    };
+    let body = axum::body::to_bytes(response.into_body(), 4096).await.unwrap_or_default();
+    let detail = String::from_utf8_lossy(&body);
+    render(&Error::new(code, if detail.is_empty() { message.into() } else { detail }), surface)
+}
+
+pub(super) async fn not_found(uri: Uri) -> Response {
+    render(&Error::not_found(format!("no such path: {}", uri.path())), Surface::of(uri.path()))
+}
+
+pub(super) async fn method_not_allowed(uri: Uri) -> Response {
+    let error = Error::invalid("method", format!("not allowed on {}", uri.path()));
+    let mut response = render(&error, Surface::of(uri.path()));
+    *response.status_mut() = StatusCode::METHOD_NOT_ALLOWED;
+    response
+}
+
+pub(super) fn panicked(_: Box<dyn Any + Send>) -> Response {
+    render(&Error::internal("a handler panicked"), Surface::Operator).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_and_request_ids() {
+        assert!(same_key("secret", "secret") && !same_key("secret", "secre") && !same_key("", "secret"));
+        let mut headers = HeaderMap::new();
+        headers.insert("x-request-id", HeaderValue::from_static("abc-1"));
+        assert_eq!(request_id(&headers), "abc-1");
+        headers.insert("x-request-id", HeaderValue::from_static("evil\tline"));
+        assert_ne!(request_id(&headers), "evil\tline");
+    }
+}

@@ -1,0 +1,50 @@
+//! The HTTP edge: three surfaces over the same data behind one set of limits.
+//!
+//! ```text
+//!  request ─▶ id, log, metrics ─▶ concurrency ─▶ key ─▶ body limit, time-out ─▶ handler
+//! ```
+
+mod admin;
+pub mod context;
+pub mod error;
+mod middleware;
+pub(crate) use middleware::same_key;
+mod openai;
+pub mod points;
+mod qdrant;
+
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::DefaultBodyLimit;
+use axum::http::StatusCode;
+use axum::middleware::{from_fn, from_fn_with_state};
+use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::decompression::RequestDecompressionLayer;
+use tower_http::timeout::TimeoutLayer;
+
+use crate::app::App;
+
+/// The longest that any request may take, uploads included, in seconds.
+const MAX_REQUEST_SECONDS: u64 = 600;
+
+/// All routes.
+pub fn router(app: App) -> Router {
+    let limits = &app.config().limits;
+    Router::new()
+        .merge(qdrant::routes())
+        .merge(openai::routes(limits.upload_bytes + (1 << 20)))
+        .merge(admin::routes())
+        .fallback(middleware::not_found)
+        .method_not_allowed_fallback(middleware::method_not_allowed)
+        .layer(DefaultBodyLimit::max(limits.body_bytes))
+        // Limits hold for what a body inflates to.
+        .layer(RequestDecompressionLayer::new())
+        .layer(TimeoutLayer::with_status_code(StatusCode::GATEWAY_TIMEOUT, Duration::from_secs(MAX_REQUEST_SECONDS)))
+        .layer(from_fn(middleware::own_errors))
+        .layer(from_fn_with_state(app.clone(), middleware::check_key))
+        .layer(from_fn_with_state(app.clone(), middleware::limit_concurrency))
+        .layer(CatchPanicLayer::custom(middleware::panicked))
+        .layer(from_fn(middleware::observe))
+        .with_state(app)
+}

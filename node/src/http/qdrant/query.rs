@@ -1,0 +1,351 @@
+//! Search: `/points/query` with its kinds of query and fusion, and the older `/points/search`.
+
+use std::time::Instant;
+
+use axum::body::Bytes;
+use axum::extract::{Path, State};
+use axum::response::Response;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use shoal_actors::Cluster;
+use shoal_actors::search::{self, RRF_K, ShardCounts};
+use shoal_engine::command::{Hit, Leg, Search, Select};
+use shoal_engine::state::check_vector;
+use shoal_proto::{Error, PointId, Position};
+
+use super::shapes::{self, MAX_LIMIT, envelope};
+use crate::app::App;
+use crate::http::context::{Context, json};
+use crate::http::error::QdrantError;
+use crate::http::points::{Found, ask_all};
+
+/// The most searches in one batch.
+const MAX_BATCH: usize = 100;
+/// The most candidates while searching a graph.
+const MAX_EF: usize = 10_000;
+/// The most lists that are fused.
+const MAX_PREFETCH: usize = 8;
+
+#[derive(Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Params {
+    hnsw_ef: Option<usize>,
+    exact: Option<bool>,
+    #[serde(rename = "quantization")]
+    _quantization: Option<Value>,
+    #[serde(rename = "indexed_only")]
+    _indexed_only: Option<bool>,
+    #[serde(rename = "acorn")]
+    _acorn: Option<Value>,
+}
+
+#[derive(Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Query {
+    query: Option<Value>,
+    using: Option<String>,
+    prefetch: Option<Value>,
+    filter: Option<Value>,
+    params: Option<Params>,
+    limit: Option<u64>,
+    offset: Option<u64>,
+    score_threshold: Option<f32>,
+    with_payload: Option<Value>,
+    with_vector: Option<Value>,
+    lookup_from: Option<Value>,
+    #[serde(rename = "shard_key")]
+    _shard_key: Option<Value>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct OldSearch {
+    vector: Value,
+    filter: Option<Value>,
+    params: Option<Params>,
+    limit: Option<u64>,
+    offset: Option<u64>,
+    score_threshold: Option<f32>,
+    with_payload: Option<Value>,
+    with_vector: Option<Value>,
+    #[serde(rename = "shard_key")]
+    _shard_key: Option<Value>,
+}
+
+impl OldSearch {
+    /// The same as a query: `vector` is an array, or an object with name and vector.
+    fn into_query(self) -> Query {
+        let (query, using) = match self.vector {
+            Value::Object(named) => {
+                (named.get("vector").cloned(), named.get("name").and_then(Value::as_str).map(str::to_owned))
+            }
+            other => (Some(other), None),
+        };
+        Query {
+            query,
+            using,
+            filter: self.filter,
+            params: self.params,
+            limit: self.limit,
+            offset: self.offset,
+            score_threshold: self.score_threshold,
+            with_payload: self.with_payload,
+            with_vector: self.with_vector,
+            ..Query::default()
+        }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct BatchOf<T> {
+    searches: Vec<T>,
+}
+
+struct Found2 {
+    hits: Vec<Hit>,
+    shards: ShardCounts,
+    position: Position,
+}
+
+pub(super) async fn query(
+    State(app): State<App>,
+    Path(name): Path<String>,
+    context: Context,
+    body: Bytes,
+) -> Result<Response, QdrantError> {
+    let started = Instant::now();
+    let answer = run(&app, &name, json(&body)?, &context).await?;
+    let points: Vec<Value> = answer.hits.into_iter().map(|hit| shapes::record(hit, true)).collect();
+    Ok(envelope(json!({"points": points, "shards": answer.shards}), started, &answer.position))
+}
+
+pub(super) async fn search(
+    State(app): State<App>,
+    Path(name): Path<String>,
+    context: Context,
+    body: Bytes,
+) -> Result<Response, QdrantError> {
+    let started = Instant::now();
+    let request: OldSearch = json(&body)?;
+    let answer = run(&app, &name, request.into_query(), &context).await?;
+    let points: Vec<Value> = answer.hits.into_iter().map(|hit| shapes::record(hit, true)).collect();
+    Ok(envelope(points, started, &answer.position))
+}
+
+pub(super) async fn query_batch(
+    State(app): State<App>,
+    Path(name): Path<String>,
+    context: Context,
+    body: Bytes,
+) -> Result<Response, QdrantError> {
+    let batch: BatchOf<Query> = json(&body)?;
+    run_batch(&app, &name, batch.searches, &context, |points| json!({"points": points})).await
+}
+
+pub(super) async fn search_batch(
+    State(app): State<App>,
+    Path(name): Path<String>,
+    context: Context,
+    body: Bytes,
+) -> Result<Response, QdrantError> {
+    let batch: BatchOf<OldSearch> = json(&body)?;
+    let searches = batch.searches.into_iter().map(OldSearch::into_query).collect();
+    run_batch(&app, &name, searches, &context, |points| json!(points)).await
+}
+
+async fn run_batch(
+    app: &App,
+    name: &str,
+    searches: Vec<Query>,
+    context: &Context,
+    shape: impl Fn(Vec<Value>) -> Value,
+) -> Result<Response, QdrantError> {
+    let started = Instant::now();
+    if searches.len() > MAX_BATCH {
+        return Err(Error::invalid("searches", format!("at most {MAX_BATCH} searches in one batch")).into());
+    }
+    let runs = searches.into_iter().map(|search| run(app, name, search, context));
+    let mut position = Position::default();
+    let mut results = Vec::new();
+    for answer in futures::future::try_join_all(runs).await? {
+        position.merge(&answer.position);
+        results.push(shape(answer.hits.into_iter().map(|hit| shapes::record(hit, true)).collect()));
+    }
+    Ok(envelope(results, started, &position))
+}
+
+async fn run(app: &App, name: &str, request: Query, context: &Context) -> Result<Found2, Error> {
+    let cluster = &app.running()?.cluster;
+    let found = Found::find(cluster, name)?;
+    if request.lookup_from.as_ref().is_some_and(|lookup| !lookup.is_null()) {
+        return Err(Error::invalid("lookup_from", "is not supported"));
+    }
+    let limit = shapes::limit(request.limit, "limit", 10)?;
+    let offset = usize::try_from(request.offset.unwrap_or(0)).unwrap_or(usize::MAX);
+    let wanted = limit.saturating_add(offset);
+    if wanted > MAX_LIMIT {
+        return Err(Error::invalid("offset", format!("limit and offset together are at most {MAX_LIMIT}")));
+    }
+    let payload = shapes::select(request.with_payload.as_ref(), "with_payload", Select::Nothing)?;
+    let vectors = shapes::select(request.with_vector.as_ref(), "with_vector", Select::Nothing)?;
+    let plan = Plan { cluster, found: &found, context, payload, vectors };
+    let prefetches = prefetches(request.prefetch.as_ref())?;
+    let mut answer = match (prefetches.is_empty(), fusion(request.query.as_ref())?) {
+        (true, None) => plan.single(&request, wanted).await?,
+        (false, Some(())) => plan.fused(&prefetches, request.filter.as_ref(), wanted).await?,
+        (true, Some(())) => return Err(Error::invalid("prefetch", "a fusion needs lists to fuse")),
+        (false, None) => return Err(Error::invalid("query", "prefetch is supported with a fusion (rrf) only")),
+    };
+    if let (Some(threshold), false) = (request.score_threshold, prefetches.is_empty()) {
+        answer.hits.retain(|hit| hit.score >= threshold);
+    }
+    answer.hits.drain(..offset.min(answer.hits.len()));
+    answer.hits.truncate(limit);
+    Ok(answer)
+}
+
+fn prefetches(value: Option<&Value>) -> Result<Vec<Query>, Error> {
+    let parse = |value: &Value, field: &str| -> Result<Query, Error> {
+        serde_path_to_error::deserialize(value)
+            .map_err(|error| Error::invalid(format!("{field}.{}", error.path()), error.inner()))
+    };
+    match value {
+        None | Some(Value::Null) => Ok(Vec::new()),
+        Some(Value::Array(items)) if items.len() > MAX_PREFETCH => {
+            Err(Error::invalid("prefetch", format!("at most {MAX_PREFETCH} lists are fused")))
+        }
+        Some(Value::Array(items)) => {
+            items.iter().enumerate().map(|(at, item)| parse(item, &format!("prefetch[{at}]"))).collect()
+        }
+        Some(single) => Ok(vec![parse(single, "prefetch")?]),
+    }
+}
+
+fn fusion(query: Option<&Value>) -> Result<Option<()>, Error> {
+    let Some(query) = query.and_then(Value::as_object) else { return Ok(None) };
+    match (query.get("fusion").and_then(Value::as_str), query.contains_key("rrf")) {
+        (Some("rrf"), _) | (None, true) => Ok(Some(())),
+        (Some(other), _) => Err(Error::invalid("query.fusion", format!("{other:?} is not supported; rrf is"))),
+        (None, false) => Ok(None),
+    }
+}
+
+struct Plan<'a> {
+    cluster: &'a Cluster,
+    found: &'a Found,
+    context: &'a Context,
+    payload: Select,
+    vectors: Select,
+}
+
+impl Plan<'_> {
+    async fn single(&self, request: &Query, wanted: usize) -> Result<Found2, Error> {
+        let filter = shapes::filter(request.filter.as_ref(), "filter")?;
+        let Some(query) = request.query.as_ref().filter(|query| !query.is_null()) else {
+            return self.unscored(filter, wanted).await;
+        };
+        let (leg, higher) = self.leg(query, request, "query").await?;
+        let score_threshold = request.score_threshold;
+        self.legs(vec![leg], &[higher], filter, wanted, score_threshold).await.map(|(mut lists, shards, position)| {
+            Found2 { hits: lists.pop().unwrap_or_default(), shards, position }
+        })
+    }
+
+    /// Without a query, points come in the order of their ids.
+    async fn unscored(&self, filter: Option<String>, limit: usize) -> Result<Found2, Error> {
+        let (payload, vectors) = (self.payload.clone(), self.vectors.clone());
+        let question = shoal_engine::command::Read::Scroll { from: None, filter, limit, payload, vectors };
+        let gathered = ask_all(self.cluster, self.found, &question, self.context).await?;
+        let mut hits = Vec::new();
+        for answer in gathered.answers {
+            if let shoal_engine::command::Answer::Points(found) = answer {
+                hits.extend(found);
+            }
+        }
+        hits.sort_by_key(|hit: &Hit| hit.id);
+        Ok(Found2 { hits, shards: gathered.shards, position: gathered.position })
+    }
+
+    async fn fused(&self, prefetches: &[Query], outer: Option<&Value>, wanted: usize) -> Result<Found2, Error> {
+        let outer = shapes::filter(outer, "filter")?;
+        let (mut lists, mut position, mut shards) = (Vec::new(), Position::default(), ShardCounts::default());
+        for (at, prefetch) in prefetches.iter().enumerate() {
+            let field = format!("prefetch[{at}]");
+            let query = prefetch.query.as_ref().ok_or_else(|| Error::invalid(format!("{field}.query"), "is missing"))?;
+            let limit = shapes::limit(prefetch.limit, &format!("{field}.limit"), 10)?;
+            let inner = shapes::filter(prefetch.filter.as_ref(), &format!("{field}.filter"))?;
+            let filter = match (&outer, inner) {
+                (Some(outer), Some(inner)) => Some(format!("{{\"must\":[{outer},{inner}]}}")),
+                (outer, inner) => inner.or_else(|| outer.clone()),
+            };
+            let (leg, higher) = self.leg(query, prefetch, &format!("{field}.query")).await?;
+            let (found, counts, reached) = self.legs(vec![leg], &[higher], filter, limit, prefetch.score_threshold).await?;
+            lists.extend(found);
+            position.merge(&reached);
+            shards = counts;
+        }
+        Ok(Found2 { hits: search::fuse(lists, wanted, RRF_K), shards, position })
+    }
+
+    async fn legs(
+        &self,
+        legs: Vec<Leg>,
+        higher: &[bool],
+        filter: Option<String>,
+        limit: usize,
+        score_threshold: Option<f32>,
+    ) -> Result<(Vec<Vec<Hit>>, ShardCounts, Position), Error> {
+        let (payload, vectors) = (self.payload.clone(), self.vectors.clone());
+        let request = Search { legs, filter, limit, score_threshold, payload, vectors };
+        let options = self.context.read_options();
+        search::search(self.cluster, &self.found.shards, request, higher, &options, self.context.allow_partial).await
+    }
+
+    /// One list: by a vector, by a point's vector, or by words (`{"text": …}`, an extension).
+    async fn leg(&self, query: &Value, request: &Query, field: &str) -> Result<(Leg, bool), Error> {
+        let query = query.get("nearest").unwrap_or(query);
+        if let Some(text) = query.get("text").and_then(Value::as_str) {
+            return Ok((Leg::Text { query: text.to_owned() }, true));
+        }
+        let using = request.using.clone().unwrap_or_default();
+        let params = self.found.config.vectors.get(&using).ok_or_else(|| {
+            Error::invalid("using", format!("Wrong input: Not existing vector name error: {using}"))
+        })?;
+        let (vector, near) = match query {
+            Value::Array(_) => (shapes::vector(query, field)?, None),
+            Value::Number(_) | Value::String(_) => {
+                let id: PointId = serde_json::from_value(query.clone()).map_err(|_| Error::invalid(field, "not a point id"))?;
+                (self.vector_of(id, &using).await?, Some(id))
+            }
+            _ => return Err(Error::invalid(field, "expected a vector, a point id, {\"nearest\": …}, {\"text\": …} or a fusion")),
+        };
+        check_vector(&self.found.config, &using, &vector, field)
+            .map_err(|error| Error { message: format!("Wrong input: {}", error.message), ..error })?;
+        let given = request.params.clone().unwrap_or_default();
+        if let Some(ef) = given.hnsw_ef.filter(|ef| !(1..=MAX_EF).contains(ef)) {
+            return Err(Error::invalid("params.hnsw_ef", format!("{ef} is not between 1 and {MAX_EF}")));
+        }
+        let higher = params.distance.higher_is_nearer();
+        // The point itself is left out of its own neighbours by the shard that owns it; the
+        // other shards do not have it.
+        match near.filter(|_| self.found.shards.len() == 1) {
+            Some(id) => Ok((Leg::Near { using, id }, higher)),
+            None => Ok((Leg::Dense { using, vector, exact: given.exact.unwrap_or(false), ef: given.hnsw_ef }, higher)),
+        }
+    }
+
+    async fn vector_of(&self, id: PointId, using: &str) -> Result<Vec<f32>, Error> {
+        let vectors = Select::Include(vec![using.to_owned()]);
+        let question = shoal_engine::command::Read::Get { ids: vec![id], payload: Select::Nothing, vectors };
+        let shard = self.found.shard_of(id);
+        let (answer, _) = self.cluster.read_hedged(shard, question, &self.context.read_options()).await?;
+        let hit = match answer {
+            shoal_engine::command::Answer::Points(hits) => hits.into_iter().next(),
+            _ => None,
+        };
+        let hit = hit.ok_or_else(|| Error::not_found(format!("Not found: No point with id {id} found")))?;
+        let vector = hit.vectors.and_then(|vectors| vectors.into_iter().next());
+        vector.map(|(_, vector)| vector).ok_or_else(|| Error::invalid("using", format!("point {id} has no such vector")))
+    }
+}

@@ -1,0 +1,150 @@
+//! `shoal serve`: start-up and shut-down, in order.
+//!
+//! ```text
+//!  up:   log ─▶ config ─▶ models ─▶ gRPC and HTTP listen ─▶ the node finds its cluster and starts
+//!  down: signal ─▶ no new connections ─▶ leadership handed over ─▶ requests finish ─▶ node stops
+//! ```
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use axum_server::Handle;
+use axum_server::tls_rustls::RustlsConfig;
+use hyper_util::rt::TokioTimer;
+use shoal_actors::bootstrap::Discovery;
+use shoal_actors::embed::{Embedders, HttpModel, LocalModel, Model};
+use shoal_actors::service::PeerService;
+use shoal_actors::work::WorkConfig;
+use shoal_actors::{NodeConfig, start};
+use shoal_raft::Peers;
+use shoal_raft::cluster::Addresses;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::app::App;
+use crate::config::Config;
+use crate::{grpc, http, log, metrics};
+
+/// How long requests that are under way may go on after a stop was asked for.
+const DRAIN: Duration = Duration::from_secs(5);
+
+/// Runs a node until it is told to stop.
+///
+/// # Errors
+/// What keeps it from starting, in words for the operator.
+pub async fn run(config: Config) -> Result<()> {
+    let log_level = log::init(config.log_format, &config.log_level)?;
+    let recorder = metrics::install()?;
+    let app = App::new(config.clone(), recorder, log_level);
+    let embedders = embedders(&config).await?;
+
+    let peer_service = PeerService::new(&config.name);
+    grpc::serve(app.clone(), peer_service.clone()).await?;
+    let handle = Handle::new();
+    let mut server = tokio::spawn(serve_http(app.clone(), handle.clone()));
+    tokio::spawn(metrics::observe(app.clone()));
+    tracing::info!(name = config.name, http = %config.http, grpc = %config.grpc, mesh = %config.mesh, "listening");
+
+    let peers = Peers::new(&config.secret(), None);
+    let starting = start(node_config(&config, embedders), peers, peer_service);
+    tokio::select! {
+        started = starting => app.set_running(started?),
+        stopped = &mut server => return stopped.context("HTTP")?,
+        () = stop_signal() => return Ok(()),
+    }
+    tracing::info!("ready");
+    tokio::select! {
+        stopped = &mut server => stopped.context("HTTP")??,
+        () = stop_signal() => {}
+    }
+    tracing::info!("stopping: leadership is handed over, requests under way finish");
+    handle.graceful_shutdown(Some(DRAIN));
+    if let Ok(running) = app.running() {
+        running.stop().await;
+    }
+    drop(tokio::time::timeout(DRAIN, server).await);
+    tracing::info!("stopped");
+    Ok(())
+}
+
+async fn serve_http(app: App, handle: Handle<std::net::SocketAddr>) -> Result<()> {
+    let config = app.config().clone();
+    let service = http::router(app).into_make_service();
+    let listener = std::net::TcpListener::bind(config.http).with_context(|| format!("HTTP address {}", config.http))?;
+    listener.set_nonblocking(true)?;
+    let header_timeout = Duration::from_secs(config.limits.header_seconds);
+    if config.has_tls() {
+        let tls = RustlsConfig::from_pem_file(&config.tls_cert, &config.tls_key).await.context("TLS certificate and key")?;
+        let mut server = axum_server::from_tcp_rustls(listener, tls)?.handle(handle);
+        server.http_builder().http1().timer(TokioTimer::new()).header_read_timeout(header_timeout);
+        return Ok(server.serve(service).await?);
+    }
+    let mut server = axum_server::from_tcp(listener)?.handle(handle);
+    server.http_builder().http1().timer(TokioTimer::new()).header_read_timeout(header_timeout);
+    Ok(server.serve(service).await?)
+}
+
+/// Resolves when the process is asked to stop.
+async fn stop_signal() {
+    let mut terminate = signal(SignalKind::terminate()).expect("the runtime handles signals");
+    let mut interrupt = signal(SignalKind::interrupt()).expect("the runtime handles signals");
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+}
+
+fn node_config(config: &Config, embedders: Embedders) -> NodeConfig {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    NodeConfig {
+        data: config.data.clone(),
+        discovery: Discovery {
+            name: config.name.clone(),
+            zone: config.zone.clone(),
+            addresses: Addresses {
+                http: config.advertised(config.http),
+                grpc: config.advertised(config.grpc),
+                mesh: config.advertised(config.mesh),
+            },
+            join: config.join.clone(),
+            expect: config.expect,
+        },
+        raft: config.raft.raft(),
+        log: config.raft.log(),
+        secret: config.secret(),
+        mesh: config.mesh,
+        disk_reserve_bytes: config.disk_reserve_bytes,
+        work: WorkConfig {
+            embedders,
+            parse_limits: config.parse,
+            parsers: if config.parsers == 0 { cores } else { config.parsers },
+            embedding: 2,
+        },
+    }
+}
+
+/// The models of this node. A missing default model is no reason not to start: points work
+/// without it, and whoever needs it is told what to do.
+async fn embedders(config: &Config) -> Result<Embedders> {
+    let mut models = BTreeMap::new();
+    let mut missing = String::new();
+    let is_remote = config.http_models.iter().any(|model| model.name == config.default_model);
+    if !is_remote {
+        let dir = config.models.join(&config.default_model);
+        let opened = tokio::task::spawn_blocking(move || LocalModel::open(&dir)).await?;
+        match opened {
+            Ok(model) => drop(models.insert(config.default_model.clone(), Model::Local(Arc::new(model)))),
+            Err(error) => {
+                tracing::warn!(reason = error.message, "the embedded model is not there: vector stores cannot be used");
+                missing = error.message;
+            }
+        }
+    }
+    for remote in &config.http_models {
+        let model = HttpModel::new(remote.clone()).map_err(anyhow::Error::from)?;
+        models.insert(remote.name.clone(), Model::Http(Arc::new(model)));
+    }
+    let default = models.contains_key(&config.default_model).then(|| config.default_model.clone());
+    Ok(Embedders::new(models, default, config.embedding_cache_bytes, &missing))
+}

@@ -1,0 +1,40 @@
+//! Whole-system tests: real `shoal` processes on loopback, driven from outside over HTTP.
+//!
+//! ```text
+//!  tests/*.rs ─▶ Cluster ─▶ Node (one process, its directory, its ports, its log)
+//!      │            └─ views of /admin/cluster: leaders, settled, converged
+//!      └─▶ Points, Store, Writers ─▶ Client (deadline, retry with one Idempotency-Key) ─▶ Http
+//! ```
+//!
+//! The binary is the one beside the tests: `target/release/shoal` for tests in
+//! `target/release/deps`, unless `SHOAL_BIN` names another. Tests of one file run one after
+//! another, because each wants the machine. Every wait is for a condition and has a deadline.
+//! A test that fails leaves its directory, with data and logs, and says where; so does one that
+//! passes when `SHOAL_TEST_KEEP` is set. A test that cannot run prints `skipped: NAME: reason`.
+//!
+//! 2026: the client speaks HTTP/1.1 by itself. `reqwest` with `rustls-no-provider` panics when a
+//! client is built before a TLS provider is installed, even for plain HTTP; installing one for
+//! loopback was the alternative. The gain is that "one attempt" is one attempt: no library below
+//! repeats a request.
+
+pub mod binary;
+pub mod client;
+pub mod cluster;
+pub mod documents;
+pub mod http;
+pub mod node;
+pub mod points;
+pub mod ports;
+mod settled;
+pub mod view;
+pub mod wait;
+pub mod writers;
+
+pub use client::{Client, Request};
+pub use cluster::Cluster;
+pub use documents::{Store, models};
+pub use http::Reply;
+pub use node::{KEY, Node};
+pub use points::{Freshness, Points, point, vector};
+pub use wait::{say, skip, wait_until};
+pub use writers::{Writers, Written};
