@@ -15,6 +15,7 @@ run: build model
 test: setup model build
 	cargo test --release --workspace
 	python3 tests/deploy/check_metrics.py --self-test
+	python3 tests/deploy/validate_manifests.py --self-test
 	python3 tests/deploy/validate_manifests.py
 	tests/deploy/compose_test.sh $(TARGET)/release/shoal
 

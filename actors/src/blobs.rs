@@ -154,7 +154,10 @@ impl Upload {
     /// As [`Upload::finish`], when the hash was promised: other bytes are refused.
     pub async fn finish_as(self, store: &BlobStore, shard: ShardId, hash: BlobHash) -> io::Result<u64> {
         if self.hash() != hash {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "the bytes do not have the promised hash"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "the bytes do not have the promised hash",
+            ));
         }
         self.finish(store, shard).await
     }
@@ -173,10 +176,16 @@ impl Drop for Upload {
 ///
 /// # Errors
 /// Unavailable when no majority could take it; nothing names the blob then.
-pub async fn replicate(cluster: &Cluster, store: &BlobStore, shard: ShardId, upload: Upload) -> Result<BlobHash, Error> {
+pub async fn replicate(
+    cluster: &Cluster,
+    store: &BlobStore,
+    shard: ShardId,
+    upload: Upload,
+) -> Result<BlobHash, Error> {
     let hash = upload.hash();
     let state = cluster.state();
-    let replicas = state.shards.get(&shard).ok_or_else(|| Error::not_found(format!("shard {shard} does not exist")))?;
+    let replicas =
+        state.shards.get(&shard).ok_or_else(|| Error::not_found(format!("shard {shard} does not exist")))?;
     let replicas = replicas.replicas.clone();
     let majority = replicas.len() / 2 + 1;
     // It is finished here first, so that it can be sent from here; when this node holds no
@@ -188,8 +197,10 @@ pub async fn replicate(cluster: &Cluster, store: &BlobStore, shard: ShardId, upl
     let is_replica = replicas.contains(&cluster.node());
     let mut durable = usize::from(is_replica);
     let others = replicas.iter().filter(|node| **node != cluster.node());
-    let mut sends: futures::stream::FuturesUnordered<_> =
-        others.map(|node| send(cluster.clone(), store.clone(), shard, hash, *node)).map(tokio::spawn).collect();
+    let mut sends: futures::stream::FuturesUnordered<_> = others
+        .map(|node| send(cluster.clone(), store.clone(), shard, hash, *node))
+        .map(tokio::spawn)
+        .collect();
     let mut reason = String::new();
     while durable < majority {
         match sends.next().await {
@@ -206,10 +217,19 @@ pub async fn replicate(cluster: &Cluster, store: &BlobStore, shard: ShardId, upl
     if durable >= majority {
         return Ok(hash);
     }
-    Err(Error::unavailable(format!("the upload reached {durable} of {} replicas of shard {shard}: {reason}", replicas.len())))
+    Err(Error::unavailable(format!(
+        "the upload reached {durable} of {} replicas of shard {shard}: {reason}",
+        replicas.len()
+    )))
 }
 
-async fn send(cluster: Cluster, store: BlobStore, shard: ShardId, hash: BlobHash, to: NodeId) -> Result<(), String> {
+async fn send(
+    cluster: Cluster,
+    store: BlobStore,
+    shard: ShardId,
+    hash: BlobHash,
+    to: NodeId,
+) -> Result<(), String> {
     let mut client = cluster.groups().peers().client(to, Lane::Bulk)?;
     let pieces = store.read_stream(shard, hash).await.map_err(|error| error.to_string())?;
     let header = Piece { header: codec::encode(&(shard, hash)).into(), data: Bytes::new() };
@@ -225,7 +245,12 @@ async fn send(cluster: Cluster, store: BlobStore, shard: ShardId, hash: BlobHash
 ///
 /// # Errors
 /// Unavailable when no replica that could be reached has it whole.
-pub async fn fetch(cluster: &Cluster, store: &BlobStore, shard: ShardId, hash: BlobHash) -> Result<Vec<u8>, Error> {
+pub async fn fetch(
+    cluster: &Cluster,
+    store: &BlobStore,
+    shard: ShardId,
+    hash: BlobHash,
+) -> Result<Vec<u8>, Error> {
     let mut reason = match store.read(shard, hash).await {
         Ok(bytes) => return Ok(bytes),
         Err(error) => error.to_string(),
@@ -244,7 +269,9 @@ pub async fn fetch(cluster: &Cluster, store: &BlobStore, shard: ShardId, hash: B
             Err(error) => reason = error,
         }
     }
-    Err(Error::unavailable(format!("blob {hash} could not be read from any replica of shard {shard}: {reason}")))
+    Err(Error::unavailable(format!(
+        "blob {hash} could not be read from any replica of shard {shard}: {reason}"
+    )))
 }
 
 async fn keep(store: &BlobStore, shard: ShardId, hash: BlobHash, bytes: &[u8]) {
@@ -258,7 +285,12 @@ async fn keep(store: &BlobStore, shard: ShardId, hash: BlobHash, bytes: &[u8]) {
     }
 }
 
-async fn fetch_from(cluster: &Cluster, shard: ShardId, hash: BlobHash, node: NodeId) -> Result<Vec<u8>, String> {
+async fn fetch_from(
+    cluster: &Cluster,
+    shard: ShardId,
+    hash: BlobHash,
+    node: NodeId,
+) -> Result<Vec<u8>, String> {
     let mut client = cluster.groups().peers().client(node, Lane::Bulk)?;
     let request = GetBlobRequest { group: shard.0, hash: hash.to_string() };
     let describe = |status: tonic::Status| format!("node {node}: {}", status.message());

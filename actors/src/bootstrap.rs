@@ -55,12 +55,15 @@ impl NodeFile {
                 let file: NodeFile = serde_json::from_slice(&bytes).map_err(io::Error::other)?;
                 match file.format {
                     FORMAT => Ok(file),
-                    other => Err(io::Error::other(format!("data directory format {other} is not known to this build"))),
+                    other => Err(io::Error::other(format!(
+                        "data directory format {other} is not known to this build"
+                    ))),
                 }
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 let incarnation = uuid::Uuid::new_v4().to_string();
-                let file = NodeFile { format: FORMAT, incarnation, node: NodeId(0), cluster_id: String::new() };
+                let file =
+                    NodeFile { format: FORMAT, incarnation, node: NodeId(0), cluster_id: String::new() };
                 file.save(dir)?;
                 Ok(file)
             }
@@ -125,7 +128,9 @@ pub async fn find_cluster(peers: &Peers, discovery: &Discovery, file: &NodeFile)
                 Ok(found) => return found,
                 Err(error) => tracing::warn!(%error, address, "could not join yet; will try again"),
             },
-            Decision::Wait(reason) if rounds.is_multiple_of(25) => tracing::info!(reason, "waiting to join a cluster"),
+            Decision::Wait(reason) if rounds.is_multiple_of(25) => {
+                tracing::info!(reason, "waiting to join a cluster")
+            }
             Decision::Wait(_) => {}
         }
         rounds += 1;
@@ -149,7 +154,11 @@ fn decide(name: &str, expect: usize, greetings: &BTreeMap<String, (String, Strin
     names.sort_unstable();
     names.dedup();
     if names.len() < expect {
-        return Decision::Wait(format!("{} of {expect} nodes have answered: {}", names.len(), names.join(", ")));
+        return Decision::Wait(format!(
+            "{} of {expect} nodes have answered: {}",
+            names.len(),
+            names.join(", ")
+        ));
     }
     match names.first() {
         Some(lowest) if *lowest == name => Decision::Create,
@@ -160,10 +169,10 @@ fn decide(name: &str, expect: usize, greetings: &BTreeMap<String, (String, Strin
 async fn greet(peers: &Peers, discovery: &Discovery) -> BTreeMap<String, (String, String)> {
     let mut greetings = BTreeMap::new();
     for address in resolve(&discovery.join).await {
-        if let Some(reply) = hello(peers, &discovery.name, &address).await {
-            if reply.name != discovery.name {
-                greetings.insert(address, (reply.name, reply.cluster_id));
-            }
+        if let Some(reply) = hello(peers, &discovery.name, &address).await
+            && reply.name != discovery.name
+        {
+            greetings.insert(address, (reply.name, reply.cluster_id));
         }
     }
     greetings
@@ -217,10 +226,11 @@ async fn join(peers: &Peers, discovery: &Discovery, file: &NodeFile, address: &s
 /// the cluster's state may all be out of date.
 pub async fn learn_addresses(peers: &Peers, discovery: &Discovery, cluster_id: &str) {
     for address in resolve(&discovery.join).await {
-        if let Some(reply) = hello(peers, &discovery.name, &address).await {
-            if reply.node_id != 0 && reply.cluster_id == cluster_id {
-                peers.set_address(NodeId(reply.node_id), &address);
-            }
+        if let Some(reply) = hello(peers, &discovery.name, &address).await
+            && reply.node_id != 0
+            && reply.cluster_id == cluster_id
+        {
+            peers.set_address(NodeId(reply.node_id), &address);
         }
     }
 }
@@ -230,7 +240,9 @@ mod tests {
     use super::*;
 
     fn greetings(nodes: &[(&str, &str)]) -> BTreeMap<String, (String, String)> {
-        let entry = |(name, cluster): &(&str, &str)| (format!("{name}:6334"), ((*name).to_owned(), (*cluster).to_owned()));
+        let entry = |(name, cluster): &(&str, &str)| {
+            (format!("{name}:6334"), ((*name).to_owned(), (*cluster).to_owned()))
+        };
         nodes.iter().map(entry).collect()
     }
 

@@ -147,7 +147,11 @@ impl Cluster {
     ///
     /// # Errors
     /// What the control group refused; unavailable or unknown when it did not answer in time.
-    pub async fn control(&self, command: cluster::Command, deadline: Instant) -> Result<cluster::Response, Error> {
+    pub async fn control(
+        &self,
+        command: cluster::Command,
+        deadline: Instant,
+    ) -> Result<cluster::Response, Error> {
         let bytes = self.propose(GroupId::CONTROL, codec::encode(&command).into(), true, deadline).await?.1;
         match codec::decode(&bytes)? {
             cluster::Response::Rejected(error) => Err(error),
@@ -219,7 +223,12 @@ impl Cluster {
                 Some(target) => target,
                 None => match self.some_member(group, attempt) {
                     Some(member) => member,
-                    None => return Err(Error::new(ErrorCode::Stale, format!("group {group} does not exist any more"))),
+                    None => {
+                        return Err(Error::new(
+                            ErrorCode::Stale,
+                            format!("group {group} does not exist any more"),
+                        ));
+                    }
                 },
             };
             attempt += 1;
@@ -239,7 +248,11 @@ impl Cluster {
                 }
                 Reply::Failed(error) if error.code.is_retryable() => reason = error.message,
                 Reply::Failed(error) => return Err(error),
-                Reply::Index(_) | Reply::Answered(..) | Reply::Parsed(_) | Reply::Embedded(_) | Reply::UseGrpc => {
+                Reply::Index(_)
+                | Reply::Answered(..)
+                | Reply::Parsed(_)
+                | Reply::Embedded(_)
+                | Reply::UseGrpc => {
                     return Err(Error::internal("a peer answered a proposal with something else"));
                 }
             }
@@ -248,7 +261,10 @@ impl Cluster {
             }
         }
         let (code, what) = match is_unknown {
-            true => (ErrorCode::Unknown, "whether the write was applied is not known; retry it with the same Idempotency-Key"),
+            true => (
+                ErrorCode::Unknown,
+                "whether the write was applied is not known; retry it with the same Idempotency-Key",
+            ),
             false => (ErrorCode::Unavailable, "nothing was written"),
         };
         Err(Error::new(code, format!("group {group} did not answer in time ({reason}); {what}")))
@@ -283,7 +299,12 @@ impl Cluster {
     ///
     /// # Errors
     /// As [`Cluster::read`].
-    pub async fn read_hedged(&self, shard: ShardId, question: Read, options: &ReadOptions) -> Result<(Answer, u64), Error> {
+    pub async fn read_hedged(
+        &self,
+        shard: ShardId,
+        question: Read,
+        options: &ReadOptions,
+    ) -> Result<(Answer, u64), Error> {
         let started = Instant::now();
         let replicas = self.state().shards.get(&shard).map_or(0, |shard| shard.replicas.len());
         let first = self.read_from(shard, question.clone(), options, 0);
@@ -314,7 +335,12 @@ impl Cluster {
     ///
     /// # Errors
     /// What the engine refused; unavailable when no replica answered in time.
-    pub async fn read(&self, shard: ShardId, question: Read, options: &ReadOptions) -> Result<(Answer, u64), Error> {
+    pub async fn read(
+        &self,
+        shard: ShardId,
+        question: Read,
+        options: &ReadOptions,
+    ) -> Result<(Answer, u64), Error> {
         self.read_from(shard, question, options, 0).await
     }
 
@@ -353,7 +379,12 @@ impl Cluster {
                 Reply::Answered(index, answer) => return Ok((answer, index)),
                 Reply::Failed(error) if error.code.is_retryable() => reason = error.message,
                 Reply::Failed(error) => return Err(error),
-                Reply::NotLeader(_) | Reply::UseGrpc | Reply::Index(_) | Reply::Proposed(..) | Reply::Parsed(_) | Reply::Embedded(_) => {
+                Reply::NotLeader(_)
+                | Reply::UseGrpc
+                | Reply::Index(_)
+                | Reply::Proposed(..)
+                | Reply::Parsed(_)
+                | Reply::Embedded(_) => {
                     reason = format!("node {target} could not answer");
                 }
             }
@@ -384,7 +415,8 @@ impl Cluster {
                 .unwrap_or_else(|error| Reply::Failed(Error::internal(format!("node {target}: {error}")))),
             Ok(Err(status)) => {
                 // A connection that was never made proves that nothing was proposed.
-                let refused = status.code() == tonic::Code::Unavailable && status.message().contains("connect");
+                let refused =
+                    status.code() == tonic::Code::Unavailable && status.message().contains("connect");
                 let code = if is_write && !refused { ErrorCode::Unknown } else { ErrorCode::Unavailable };
                 Reply::Failed(Error::new(code, format!("node {target}: {}", status.message())))
             }
@@ -443,7 +475,8 @@ impl Cluster {
         let mut attempts = 0u32;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            let timed_out = |reason: &str| RaftError::Timeout { group: group.id(), reason: reason.to_owned() };
+            let timed_out =
+                |reason: &str| RaftError::Timeout { group: group.id(), reason: reason.to_owned() };
             if left.is_zero() {
                 return Err(timed_out("a leader to read from"));
             }

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use shoal_proto::{ErrorCode, codec};
 use shoal_raft::cluster::{ClusterState, Command, Response};
+use shoal_raft::machine::Exported;
 use shoal_raft::{Committed, Export, StateMachine};
 use tokio::sync::watch;
 
@@ -31,7 +32,9 @@ impl Control {
         let file = dir.join("state");
         let held = match std::fs::read(&file) {
             Ok(bytes) => unseal(&bytes)?,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Held { tag: None, state: ClusterState::default() },
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                Held { tag: None, state: ClusterState::default() }
+            }
             Err(error) => return Err(error),
         };
         let (changes, _) = watch::channel(Arc::new(held.state.clone()));
@@ -59,7 +62,8 @@ fn seal(held: &Held) -> Vec<u8> {
 }
 
 fn unseal(bytes: &[u8]) -> io::Result<Held> {
-    let damaged = |reason: String| io::Error::new(io::ErrorKind::InvalidData, format!("cluster state: {reason}"));
+    let damaged =
+        |reason: String| io::Error::new(io::ErrorKind::InvalidData, format!("cluster state: {reason}"));
     let (sum, body) = bytes.split_at_checked(32).ok_or_else(|| damaged("short".into()))?;
     if sum != blake3::hash(body).as_bytes() {
         return Err(damaged("wrong checksum".into()));
@@ -89,9 +93,10 @@ impl StateMachine for Control {
             let response = match entry.command.map(|command| codec::decode::<Command>(&command)) {
                 None => Response::Done,
                 Some(Ok(command)) => held.state.apply(command),
-                Some(Err(error)) => {
-                    Response::Rejected(shoal_proto::Error::new(ErrorCode::Internal, format!("command: {error}")))
-                }
+                Some(Err(error)) => Response::Rejected(shoal_proto::Error::new(
+                    ErrorCode::Internal,
+                    format!("command: {error}"),
+                )),
             };
             held.tag = Some(entry.tag);
             replies.push(codec::encode(&response).into());
@@ -108,7 +113,7 @@ impl StateMachine for Control {
         Ok(held.tag.clone())
     }
 
-    fn export(&self) -> io::Result<(Option<Vec<u8>>, Box<dyn Export>)> {
+    fn export(&self) -> io::Result<Exported> {
         let held = self.held.lock();
         Ok((held.tag.clone(), Box::new(Once(Mutex::new(Some(seal(&held)))))))
     }

@@ -89,7 +89,11 @@ impl Actor for Ingests {
         Ok(())
     }
 
-    async fn post_stop(&self, _: ActorRef<IngestsMessage>, state: &mut IngestsState) -> Result<(), ActorProcessingErr> {
+    async fn post_stop(
+        &self,
+        _: ActorRef<IngestsMessage>,
+        state: &mut IngestsState,
+    ) -> Result<(), ActorProcessingErr> {
         state.active.values().for_each(JoinHandle::abort);
         Ok(())
     }
@@ -98,7 +102,8 @@ impl Actor for Ingests {
 impl IngestsState {
     async fn tick(&mut self) {
         let now = Instant::now();
-        let finished: Vec<Key> = self.active.iter().filter(|(_, task)| task.is_finished()).map(|(key, _)| *key).collect();
+        let finished: Vec<Key> =
+            self.active.iter().filter(|(_, task)| task.is_finished()).map(|(key, _)| *key).collect();
         for key in finished {
             let Some(task) = self.active.remove(&key) else { continue };
             // A task that panicked rests as well: whatever it met, others come first.
@@ -118,7 +123,10 @@ impl IngestsState {
             let Ok(Ok(Answer::Documents(documents))) = answer else { continue };
             for document in documents {
                 let key = (shard, document.id, document.version);
-                if self.active.len() >= MAX_DOCUMENTS || self.active.contains_key(&key) || self.resting.contains_key(&key) {
+                if self.active.len() >= MAX_DOCUMENTS
+                    || self.active.contains_key(&key)
+                    || self.resting.contains_key(&key)
+                {
                     continue;
                 }
                 let job = Job {
@@ -148,7 +156,8 @@ impl Job {
     /// Runs the document to its end. Returns whether it came to one.
     async fn run(self) -> bool {
         let operation = |status: &'static str| {
-            metrics::counter!("document_operations_total", "operation" => "process", "status" => status).increment(1);
+            metrics::counter!("document_operations_total", "operation" => "process", "status" => status)
+                .increment(1);
         };
         match self.drive().await {
             Ok(()) => {
@@ -195,7 +204,8 @@ impl Job {
         let chunks = self.chunks().await?;
         let total = chunks.len() as u32;
         self.note(Stage::Embedding, total, false).await?;
-        let attributes: Map<String, Value> = serde_json::from_str(&self.document.attributes).unwrap_or_default();
+        let attributes: Map<String, Value> =
+            serde_json::from_str(&self.document.attributes).unwrap_or_default();
         let mut staged = self.document.staged_chunks;
         let rest = chunks.get(staged as usize..).unwrap_or_default();
         for batch in rest.chunks(BATCH) {
@@ -219,7 +229,9 @@ impl Job {
 
     async fn chunks(&self) -> Result<Vec<Chunk>, Error> {
         if self.document.attempts >= MAX_PARSER_CRASHES && self.document.stage == Stage::Parsing {
-            let reason = format!("its parser was killed or crashed {MAX_PARSER_CRASHES} times; the file is likely damaged or too complex");
+            let reason = format!(
+                "its parser was killed or crashed {MAX_PARSER_CRASHES} times; the file is likely damaged or too complex"
+            );
             return Err(Error::new(ErrorCode::Unprocessable, reason));
         }
         let bytes = self.bytes().await?;
@@ -228,14 +240,16 @@ impl Job {
         let (model, chunker) = (self.embedder.model.clone(), self.document.chunker);
         let embedders = self.work.embedders().clone();
         let cut = move || chunk(&parsed, &chunker, |text| embedders.count_tokens(&model, text));
-        let chunks = tokio::task::spawn_blocking(cut).await.map_err(|_| Error::internal("chunking panicked"))?;
+        let chunks =
+            tokio::task::spawn_blocking(cut).await.map_err(|_| Error::internal("chunking panicked"))?;
         chunks.map_err(|reason| Error::new(ErrorCode::Unprocessable, reason))
     }
 
     /// The original bytes, which are beside the files' shard.
     async fn bytes(&self) -> Result<Vec<u8>, Error> {
         let state = self.cluster.state();
-        let (_, files) = state.collection(FILES_COLLECTION).map_err(|error| Error::unavailable(error.message))?;
+        let (_, files) =
+            state.collection(FILES_COLLECTION).map_err(|error| Error::unavailable(error.message))?;
         let shard = state.shard_of(files, self.document.id.route());
         blobs::fetch(&self.cluster, self.work.blobs(), shard, self.document.blob).await
     }
@@ -265,7 +279,8 @@ fn slices(points: Vec<Point>) -> Vec<Vec<Point>> {
     let mut slices: Vec<Vec<Point>> = Vec::new();
     let mut bytes = usize::MAX;
     for point in points {
-        let size = point.payload.len() + point.vectors.iter().map(|(_, vector)| vector.len() * 4).sum::<usize>();
+        let size =
+            point.payload.len() + point.vectors.iter().map(|(_, vector)| vector.len() * 4).sum::<usize>();
         if bytes.saturating_add(size) > limits::MAX_ENTRY_BYTES {
             slices.push(Vec::new());
             bytes = 0;

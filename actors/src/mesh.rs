@@ -19,7 +19,9 @@ use std::time::Duration;
 use ractor::rpc::CallResult;
 use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent, pg};
 use ractor_cluster::node::NodeConnectionMode;
-use ractor_cluster::{IncomingEncryptionMode, NodeServer, NodeServerMessage, RactorClusterMessage, RactorMessage};
+use ractor_cluster::{
+    IncomingEncryptionMode, NodeServer, NodeServerMessage, RactorClusterMessage, RactorMessage,
+};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use shoal_proto::{Error, ErrorCode, NodeId, codec};
@@ -80,7 +82,11 @@ impl Actor for Server {
     type State = ServerState;
     type Arguments = Cluster;
 
-    async fn pre_start(&self, myself: ActorRef<ServerMessage>, cluster: Cluster) -> Result<ServerState, ActorProcessingErr> {
+    async fn pre_start(
+        &self,
+        myself: ActorRef<ServerMessage>,
+        cluster: Cluster,
+    ) -> Result<ServerState, ActorProcessingErr> {
         pg::join_scoped(SCOPE.to_owned(), node_group(cluster.node()), vec![myself.get_cell()]);
         pg::join_scoped(SCOPE.to_owned(), WORKERS.to_owned(), vec![myself.get_cell()]);
         Ok(ServerState { cluster, calls: Arc::new(Semaphore::new(MAX_CALLS)) })
@@ -146,13 +152,14 @@ pub(crate) async fn ask(node: NodeId, call: &Call, timeout: Duration) -> Option<
 /// A node, not this one, that says it has room for work.
 pub(crate) async fn idle_worker(this: NodeId) -> Option<NodeId> {
     let members = pg::get_scoped_members(&SCOPE.to_owned(), &WORKERS.to_owned());
-    let asks = members.into_iter().filter(|cell| !cell.get_id().is_local()).map(|cell: ActorCell| async move {
-        let server: ActorRef<ServerMessage> = cell.into();
-        match server.call(ServerMessage::GetRoom, Some(ROOM_TIMEOUT)).await {
-            Ok(CallResult::Success(node)) => NodeId(node),
-            _ => NodeId(0),
-        }
-    });
+    let asks =
+        members.into_iter().filter(|cell| !cell.get_id().is_local()).map(|cell: ActorCell| async move {
+            let server: ActorRef<ServerMessage> = cell.into();
+            match server.call(ServerMessage::GetRoom, Some(ROOM_TIMEOUT)).await {
+                Ok(CallResult::Success(node)) => NodeId(node),
+                _ => NodeId(0),
+            }
+        });
     let rooms: Vec<NodeId> = futures::future::join_all(asks).await;
     rooms.into_iter().find(|node| node.0 != 0 && *node != this)
 }
@@ -187,7 +194,11 @@ impl Actor for Mesh {
     type State = MeshState;
     type Arguments = MeshArguments;
 
-    async fn pre_start(&self, myself: ActorRef<MeshMessage>, arguments: MeshArguments) -> Result<MeshState, ActorProcessingErr> {
+    async fn pre_start(
+        &self,
+        myself: ActorRef<MeshMessage>,
+        arguments: MeshArguments,
+    ) -> Result<MeshState, ActorProcessingErr> {
         let MeshArguments { cluster, listen, secret } = arguments;
         let server = NodeServer::new(
             listen.port(),
@@ -248,9 +259,10 @@ impl MeshState {
             .collect();
         metrics::gauge!("shoal_mesh_sessions").set(connected.len() as f64);
         let state = self.cluster.state();
-        let missing = state.nodes.iter().filter(|(id, _)| {
-            **id > self.cluster.node() && !connected.contains(&session_name(**id))
-        });
+        let missing = state
+            .nodes
+            .iter()
+            .filter(|(id, _)| **id > self.cluster.node() && !connected.contains(&session_name(**id)));
         for (id, node) in missing {
             let dial = ractor_cluster::client_connect(&self.server, node.addresses.mesh.as_str());
             match tokio::time::timeout(DIAL_TIMEOUT, dial).await {

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use shoal_engine::store::ExportCursor;
 use shoal_engine::{Entry, Shard};
+use shoal_raft::machine::Exported;
 use shoal_raft::{Committed, Export, StateMachine};
 
 /// A shard as its group's state machine. A panic inside the store (sled panics on some kinds
@@ -30,7 +31,11 @@ impl StateMachine for Replica {
     fn apply(&self, entries: Vec<Committed>) -> io::Result<Vec<Bytes>> {
         let entries = entries
             .into_iter()
-            .map(|entry| Entry { index: entry.index, tag: entry.tag, command: entry.command.map(|bytes| bytes.to_vec()) })
+            .map(|entry| Entry {
+                index: entry.index,
+                tag: entry.tag,
+                command: entry.command.map(|bytes| bytes.to_vec()),
+            })
             .collect();
         let outcomes = guarded(|| self.0.apply(entries))?;
         Ok(outcomes.into_iter().map(Bytes::from).collect())
@@ -40,7 +45,7 @@ impl StateMachine for Replica {
         guarded(|| self.0.checkpoint())
     }
 
-    fn export(&self) -> io::Result<(Option<Vec<u8>>, Box<dyn Export>)> {
+    fn export(&self) -> io::Result<Exported> {
         let (tag, cursor) = guarded(|| self.0.export())?;
         Ok((tag, Box::new(Cursor(cursor))))
     }

@@ -46,7 +46,8 @@ pub async fn gather(
     allow_partial: bool,
 ) -> Result<Gathered, Error> {
     let asks = shards.iter().map(|shard| cluster.read_hedged(*shard, question.clone(), options));
-    let mut gathered = Gathered { answers: Vec::new(), shards: ShardCounts::default(), position: Position::default() };
+    let mut gathered =
+        Gathered { answers: Vec::new(), shards: ShardCounts::default(), position: Position::default() };
     let mut first_error = None;
     for (shard, answered) in shards.iter().zip(join_all(asks).await) {
         gathered.shards.total += 1;
@@ -88,7 +89,9 @@ pub async fn search(
     let gathered = gather(cluster, shards, &Read::Search(search), options, allow_partial).await?;
     let mut lists: Vec<Vec<Hit>> = vec![Vec::new(); legs];
     for answer in gathered.answers {
-        let Answer::Lists(found) = answer else { return Err(Error::internal("a shard did not answer with lists")) };
+        let Answer::Lists(found) = answer else {
+            return Err(Error::internal("a shard did not answer with lists"));
+        };
         for (list, found) in lists.iter_mut().zip(found) {
             list.extend(found);
         }

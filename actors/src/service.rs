@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use futures::Stream;
 use shoal_proto::peer::peer_server::Peer;
 use shoal_proto::peer::{
-    CallReply, CallRequest, GetBlobRequest, HelloReply, HelloRequest, JoinReply, JoinRequest, Piece, PutBlobReply,
-    RaftMessage, RaftReply,
+    CallReply, CallRequest, GetBlobRequest, HelloReply, HelloRequest, JoinReply, JoinRequest, Piece,
+    PutBlobReply, RaftMessage, RaftReply,
 };
 use shoal_proto::{BlobHash, NodeId, ShardId, codec};
 use shoal_raft::cluster::{Addresses, Command, Response};
@@ -45,11 +45,17 @@ impl PeerService {
     }
 
     fn cluster(&self) -> Result<&Cluster, Status> {
-        self.node.get().map(|(cluster, _)| cluster).ok_or_else(|| Status::unavailable("this node is still starting"))
+        self.node
+            .get()
+            .map(|(cluster, _)| cluster)
+            .ok_or_else(|| Status::unavailable("this node is still starting"))
     }
 
     fn blobs(&self) -> Result<&BlobStore, Status> {
-        self.node.get().map(|(_, blobs)| blobs).ok_or_else(|| Status::unavailable("this node is still starting"))
+        self.node
+            .get()
+            .map(|(_, blobs)| blobs)
+            .ok_or_else(|| Status::unavailable("this node is still starting"))
     }
 }
 
@@ -69,11 +75,20 @@ impl Peer for PeerService {
 
     async fn join(&self, request: Request<JoinRequest>) -> Result<tonic::Response<JoinReply>, Status> {
         let cluster = self.cluster()?;
+        // The node that creates the cluster must be its first member: nobody joins through a
+        // node that is not one itself.
+        if !cluster.state().nodes.contains_key(&cluster.node()) {
+            return Err(Status::unavailable("this node is not a member yet"));
+        }
         let request = request.into_inner();
         let addresses =
             Addresses { http: request.http_address, grpc: request.grpc_address, mesh: request.mesh_address };
-        let command =
-            Command::AddNode { name: request.name, incarnation: request.incarnation, addresses, zone: request.zone };
+        let command = Command::AddNode {
+            name: request.name,
+            incarnation: request.incarnation,
+            addresses,
+            zone: request.zone,
+        };
         let deadline = Instant::now() + Duration::from_secs(10);
         match cluster.control(command, deadline).await {
             Ok(Response::NodeAdded(node)) => {
@@ -100,13 +115,16 @@ impl Peer for PeerService {
 
     async fn call(&self, request: Request<CallRequest>) -> Result<tonic::Response<CallReply>, Status> {
         let cluster = self.cluster()?;
-        let call: Call =
-            codec::decode(&request.get_ref().body).map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let call: Call = codec::decode(&request.get_ref().body)
+            .map_err(|error| Status::invalid_argument(error.to_string()))?;
         let reply: Reply = cluster.serve(call).await;
         Ok(tonic::Response::new(CallReply { body: codec::encode(&reply).into() }))
     }
 
-    async fn put_blob(&self, request: Request<Streaming<Piece>>) -> Result<tonic::Response<PutBlobReply>, Status> {
+    async fn put_blob(
+        &self,
+        request: Request<Streaming<Piece>>,
+    ) -> Result<tonic::Response<PutBlobReply>, Status> {
         let blobs = self.blobs()?;
         let mut pieces = request.into_inner();
         let mut upload = None;
@@ -131,7 +149,10 @@ impl Peer for PeerService {
 
     type GetBlobStream = PieceStream;
 
-    async fn get_blob(&self, request: Request<GetBlobRequest>) -> Result<tonic::Response<PieceStream>, Status> {
+    async fn get_blob(
+        &self,
+        request: Request<GetBlobRequest>,
+    ) -> Result<tonic::Response<PieceStream>, Status> {
         let request = request.into_inner();
         let hash: BlobHash = request.hash.parse().map_err(Status::invalid_argument)?;
         let pieces = self.blobs()?.read_stream(ShardId(request.group), hash).await.map_err(io_status)?;

@@ -57,7 +57,8 @@ struct Inner {
 impl Work {
     pub(crate) fn new(config: WorkConfig, cluster: Cluster, blobs: BlobStore) -> Work {
         let (parsers, embedding) = (Semaphore::new(config.parsers), Semaphore::new(config.embedding));
-        let work = Work { inner: Arc::new(Inner { config, cluster: cluster.clone(), blobs, parsers, embedding }) };
+        let work =
+            Work { inner: Arc::new(Inner { config, cluster: cluster.clone(), blobs, parsers, embedding }) };
         cluster.set_work(work.clone());
         work
     }
@@ -77,14 +78,14 @@ impl Work {
     /// # Errors
     /// Unprocessable when the file is at fault; internal when its parser was killed.
     pub async fn parse(&self, filename: &str, bytes: Vec<u8>) -> Result<Parsed, Error> {
-        if self.inner.parsers.available_permits() == 0 {
-            if let Some(node) = self.idle_node().await {
-                let call = Call::Parse { filename: filename.to_owned(), bytes: bytes.clone().into() };
-                match self.inner.cluster.call(node, call, REMOTE_TIMEOUT).await {
-                    Reply::Parsed(parsed) => return Ok(parsed),
-                    Reply::Failed(error) if error.code == ErrorCode::Unprocessable => return Err(error),
-                    _ => {}
-                }
+        if self.inner.parsers.available_permits() == 0
+            && let Some(node) = self.idle_node().await
+        {
+            let call = Call::Parse { filename: filename.to_owned(), bytes: bytes.clone().into() };
+            match self.inner.cluster.call(node, call, REMOTE_TIMEOUT).await {
+                Reply::Parsed(parsed) => return Ok(parsed),
+                Reply::Failed(error) if error.code == ErrorCode::Unprocessable => return Err(error),
+                _ => {}
             }
         }
         let _turn = self.inner.parsers.acquire().await.map_err(Error::internal)?;
@@ -96,12 +97,13 @@ impl Work {
     /// # Errors
     /// As the model.
     pub async fn embed(&self, model: &str, kind: TextKind, texts: &[String]) -> Result<Vec<Vec<f32>>, Error> {
-        if self.inner.embedding.available_permits() == 0 && kind == TextKind::Passage {
-            if let Some(node) = self.idle_node().await {
-                let call = Call::Embed { model: model.to_owned(), kind, texts: texts.to_vec() };
-                if let Reply::Embedded(vectors) = self.inner.cluster.call(node, call, REMOTE_TIMEOUT).await {
-                    return Ok(vectors);
-                }
+        if self.inner.embedding.available_permits() == 0
+            && kind == TextKind::Passage
+            && let Some(node) = self.idle_node().await
+        {
+            let call = Call::Embed { model: model.to_owned(), kind, texts: texts.to_vec() };
+            if let Reply::Embedded(vectors) = self.inner.cluster.call(node, call, REMOTE_TIMEOUT).await {
+                return Ok(vectors);
             }
         }
         // A question that somebody waits for does not queue behind passages.
@@ -117,7 +119,8 @@ impl Work {
         let busy = || Reply::Failed(Error::new(ErrorCode::Busy, "this node's workers are busy"));
         match call {
             Call::Parse { filename, bytes } => {
-                let Ok(Ok(_turn)) = tokio::time::timeout(REMOTE_QUEUE, self.inner.parsers.acquire()).await else {
+                let Ok(Ok(_turn)) = tokio::time::timeout(REMOTE_QUEUE, self.inner.parsers.acquire()).await
+                else {
                     return busy();
                 };
                 match parse::run_in_child(self.inner.config.parse_limits, &filename, &bytes).await {
@@ -126,7 +129,8 @@ impl Work {
                 }
             }
             Call::Embed { model, kind, texts } => {
-                let Ok(Ok(_turn)) = tokio::time::timeout(REMOTE_QUEUE, self.inner.embedding.acquire()).await else {
+                let Ok(Ok(_turn)) = tokio::time::timeout(REMOTE_QUEUE, self.inner.embedding.acquire()).await
+                else {
                     return busy();
                 };
                 match self.inner.config.embedders.embed(&model, kind, &texts).await {

@@ -91,10 +91,10 @@ impl FieldIndex {
     /// Takes out the values of a slot.
     pub fn remove(&mut self, slot: u32, path: &str, payload: &Map<String, Value>) {
         for value in values_at(payload, path) {
-            if let Some(key) = self.key(value) {
-                if let Some(slots) = self.values.get_mut(&key) {
-                    slots.remove(slot);
-                }
+            if let Some(key) = self.key(value)
+                && let Some(slots) = self.values.get_mut(&key)
+            {
+                slots.remove(slot);
             }
             if let Some(slots) = value.as_f64().and_then(|number| self.numbers.get_mut(&Number(number))) {
                 slots.remove(slot);

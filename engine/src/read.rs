@@ -196,12 +196,11 @@ impl State {
                 break;
             }
             let slot = u32::from_be_bytes(item?.1.try_into().unwrap_or_default());
-            if let (Some(filter), Some(candidates)) = (&filter, &candidates) {
-                if !candidates.slots.contains(slot)
-                    || (!candidates.is_exact && !self.matches(slot, filter)?)
-                {
-                    continue;
-                }
+            if let (Some(filter), Some(candidates)) = (&filter, &candidates)
+                && (!candidates.slots.contains(slot)
+                    || (!candidates.is_exact && !self.matches(slot, filter)?))
+            {
+                continue;
             }
             hits.extend(self.hit(slot, 0.0, payload, vectors)?);
         }
@@ -372,9 +371,9 @@ fn exclude(from: &mut Map<String, Value>, path: &str) {
     if from.shift_remove(path).is_some() {
         return;
     }
-    if let Some((head, rest)) = path.split_once('.') {
-        if let Some(inner) = from.get_mut(head).and_then(Value::as_object_mut) {
-            exclude(inner, rest);
-        }
+    if let Some((head, rest)) = path.split_once('.')
+        && let Some(inner) = from.get_mut(head).and_then(Value::as_object_mut)
+    {
+        exclude(inner, rest);
     }
 }

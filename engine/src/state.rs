@@ -191,11 +191,11 @@ impl State {
         batch.put(keys::request(index), codec::encode(&(id, outcome)));
         self.answered.insert(id, index);
         self.order.push_back((index, id));
-        if self.order.len() > REMEMBERED_REQUESTS {
-            if let Some((sequence, id)) = self.order.pop_front() {
-                batch.remove(keys::request(sequence));
-                self.answered.remove(&id);
-            }
+        if self.order.len() > REMEMBERED_REQUESTS
+            && let Some((sequence, id)) = self.order.pop_front()
+        {
+            batch.remove(keys::request(sequence));
+            self.answered.remove(&id);
         }
     }
 
@@ -305,10 +305,10 @@ impl State {
     fn matching(&self, filter: &Filter) -> Result<Vec<(PointId, u32)>> {
         let mut found = Vec::new();
         for slot in self.candidates(filter).slots {
-            if let Some(record) = read_point(&self.store, slot)? {
-                if filter.matches(record.id, &record.payload_map()) {
-                    found.push((record.id, slot));
-                }
+            if let Some(record) = read_point(&self.store, slot)?
+                && filter.matches(record.id, &record.payload_map())
+            {
+                found.push((record.id, slot));
             }
         }
         Ok(found)

@@ -42,7 +42,10 @@ impl App {
     /// # Errors
     /// Unavailable while it is starting.
     pub fn running(&self) -> Result<&Running, Error> {
-        self.inner.running.get().ok_or_else(|| Error::unavailable("this node is still starting or looking for its cluster"))
+        self.inner
+            .running
+            .get()
+            .ok_or_else(|| Error::unavailable("this node is still starting or looking for its cluster"))
     }
 
     /// The settings.

@@ -312,7 +312,8 @@ impl Config {
     }
 
     fn read(path: &Path) -> Result<Config> {
-        let text = std::fs::read_to_string(path).with_context(|| format!("config file {}", path.display()))?;
+        let text =
+            std::fs::read_to_string(path).with_context(|| format!("config file {}", path.display()))?;
         toml::from_str(&text).with_context(|| format!("config file {}", path.display()))
     }
 
@@ -350,29 +351,53 @@ impl Config {
         ensure!(is_ascii(&self.api_key), "api_key: only visible ASCII characters");
         ensure!(is_ascii(&self.cluster_secret), "cluster_secret: only visible ASCII characters");
         ensure!((1..=1000).contains(&self.expect), "expect: {} is not between 1 and 1000", self.expect);
-        ensure!(self.expect == 1 || !self.join.is_empty(), "expect: {} nodes cannot be found without join", self.expect);
+        ensure!(
+            self.expect == 1 || !self.join.is_empty(),
+            "expect: {} nodes cannot be found without join",
+            self.expect
+        );
         let raft = &self.raft;
         ensure!(raft.heartbeat_ms >= 10, "raft.heartbeat_ms: {} is less than 10", raft.heartbeat_ms);
-        ensure!(raft.election_min_ms > 2 * raft.heartbeat_ms, "raft.election_min_ms: must be more than two heartbeats");
-        ensure!(raft.election_max_ms > raft.election_min_ms, "raft.election_max_ms: must be more than election_min_ms");
-        ensure!(raft.checkpoint_entries >= 100, "raft.checkpoint_entries: {} is less than 100", raft.checkpoint_entries);
+        ensure!(
+            raft.election_min_ms > 2 * raft.heartbeat_ms,
+            "raft.election_min_ms: must be more than two heartbeats"
+        );
+        ensure!(
+            raft.election_max_ms > raft.election_min_ms,
+            "raft.election_max_ms: must be more than election_min_ms"
+        );
+        ensure!(
+            raft.checkpoint_entries >= 100,
+            "raft.checkpoint_entries: {} is less than 100",
+            raft.checkpoint_entries
+        );
         ensure!(self.limits.body_bytes <= 60 << 20, "limits.body_bytes: at most 60 MiB fit into the log");
-        ensure!(self.tls_cert.as_os_str().is_empty() == self.tls_key.as_os_str().is_empty(), "tls_cert and tls_key go together");
+        ensure!(
+            self.tls_cert.as_os_str().is_empty() == self.tls_key.as_os_str().is_empty(),
+            "tls_cert and tls_key go together"
+        );
         self.check_exposure()
     }
 
     /// Safe by default: an address that others can reach needs a key and TLS.
     fn check_exposure(&self) -> Result<()> {
-        let exposed = [self.http, self.grpc, self.mesh].into_iter().find(|address| !address.ip().is_loopback());
+        let exposed =
+            [self.http, self.grpc, self.mesh].into_iter().find(|address| !address.ip().is_loopback());
         let Some(address) = exposed.filter(|_| !self.insecure) else { return Ok(()) };
         if self.api_key.is_empty() {
-            bail!("refusing to listen on {address} without an API key: set --api-key (and TLS), or say --insecure");
+            bail!(
+                "refusing to listen on {address} without an API key: set --api-key (and TLS), or say --insecure"
+            );
         }
         if !self.has_tls() {
-            bail!("refusing to listen on {address} without TLS: set --tls-cert and --tls-key, or say --insecure");
+            bail!(
+                "refusing to listen on {address} without TLS: set --tls-cert and --tls-key, or say --insecure"
+            );
         }
         if let Some(peers) = [self.grpc, self.mesh].into_iter().find(|address| !address.ip().is_loopback()) {
-            bail!("refusing to listen on {peers}: traffic between nodes is not encrypted; keep --grpc and --mesh on a private network and say --insecure");
+            bail!(
+                "refusing to listen on {peers}: traffic between nodes is not encrypted; keep --grpc and --mesh on a private network and say --insecure"
+            );
         }
         Ok(())
     }

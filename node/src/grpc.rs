@@ -34,14 +34,17 @@ pub async fn serve(app: App, peers: PeerService) -> Result<()> {
     let address: SocketAddr = config.grpc;
     let listener = TcpListener::bind(address).await.with_context(|| format!("gRPC address {address}"))?;
     let secret = config.secret();
-    let check_secret = move |request: Request<()>| match request.metadata().get(SECRET_HEADER).map(|v| v.to_str()) {
-        Some(Ok(given)) if same_key(given, &secret) => Ok(request),
-        _ => Err(Status::unauthenticated("the cluster secret is missing or wrong")),
-    };
+    let check_secret =
+        move |request: Request<()>| match request.metadata().get(SECRET_HEADER).map(|v| v.to_str()) {
+            Some(Ok(given)) if same_key(given, &secret) => Ok(request),
+            _ => Err(Status::unauthenticated("the cluster secret is missing or wrong")),
+        };
     let key = config.api_key.clone();
     let check_key = move |request: Request<()>| {
         let header = |name: &str| request.metadata().get(name).and_then(|value| value.to_str().ok());
-        let given = header("authorization").and_then(|value| value.strip_prefix("Bearer ")).or_else(|| header("api-key"));
+        let given = header("authorization")
+            .and_then(|value| value.strip_prefix("Bearer "))
+            .or_else(|| header("api-key"));
         match key.is_empty() || given.is_some_and(|given| same_key(given, &key)) {
             true => Ok(request),
             false => Err(Status::unauthenticated("a valid API key is needed")),
@@ -88,7 +91,8 @@ impl DocumentParser for Parser {
             ErrorCode::Busy => Status::resource_exhausted(error.message),
             _ => Status::internal(error.message),
         })?;
-        let metadata = [("filename".to_owned(), filename), ("sections".to_owned(), parsed.sections.len().to_string())];
+        let metadata =
+            [("filename".to_owned(), filename), ("sections".to_owned(), parsed.sections.len().to_string())];
         Ok(Response::new(ParseReply {
             content: parsed.content(),
             metadata: metadata.into_iter().collect(),
@@ -96,7 +100,10 @@ impl DocumentParser for Parser {
         }))
     }
 
-    async fn health_check(&self, _: Request<HealthCheckRequest>) -> Result<Response<HealthCheckReply>, Status> {
+    async fn health_check(
+        &self,
+        _: Request<HealthCheckRequest>,
+    ) -> Result<Response<HealthCheckReply>, Status> {
         let healthy = self.0.running().is_ok();
         Ok(Response::new(HealthCheckReply { healthy, version: env!("CARGO_PKG_VERSION").to_owned() }))
     }

@@ -13,7 +13,8 @@ use crate::app::App;
 /// How often gauges are brought up to date.
 const TICK: Duration = Duration::from_secs(2);
 /// Bounds of latency histograms, in seconds.
-const SECONDS: [f64; 14] = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
+const SECONDS: [f64; 14] =
+    [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
 /// Bounds of batch sizes.
 const BATCHES: [f64; 10] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 1024.0];
 
@@ -44,7 +45,10 @@ fn describe() {
     describe_counter!("shoal_actor_restarts_total", "Parts of the node that failed and were started again");
     describe_gauge!("shoal_groups", "Raft groups on this node by role");
     describe_gauge!("shoal_groups_without_leader", "Raft groups on this node that know no leader");
-    describe_gauge!("shoal_replica_lag_entries", "Entries by which the slowest member is behind, over the groups led here");
+    describe_gauge!(
+        "shoal_replica_lag_entries",
+        "Entries by which the slowest member is behind, over the groups led here"
+    );
     describe_gauge!("shoal_documents", "Documents by state, over the shards led here");
     describe_gauge!("shoal_points", "Points, over the shards led here");
     describe_gauge!("shoal_pending_vectors", "Vectors that no graph has taken in yet, on this node");
@@ -58,8 +62,11 @@ fn describe() {
     describe_gauge!("shoal_nodes", "Members of the cluster");
     describe_gauge!("process_resident_memory_bytes", Unit::Bytes, "Memory of this process");
     describe_gauge!("process_start_time_seconds", Unit::Seconds, "When this process started");
-    for (operation, status) in [("upload", "ok"), ("process", "completed"), ("process", "failed"), ("process", "retried")] {
-        metrics::counter!("document_operations_total", "operation" => operation, "status" => status).absolute(0);
+    for (operation, status) in
+        [("upload", "ok"), ("process", "completed"), ("process", "failed"), ("process", "retried")]
+    {
+        metrics::counter!("document_operations_total", "operation" => operation, "status" => status)
+            .absolute(0);
     }
     for result in ["hit", "miss"] {
         metrics::counter!("shoal_embedding_cache_requests_total", "result" => result).absolute(0);
@@ -99,8 +106,11 @@ fn observe_groups(cluster: &shoal_actors::Cluster) {
         let count = statuses.iter().filter(|status| status.role == role).count();
         gauge!("shoal_groups", "role" => role).set(count as f64);
     }
-    gauge!("shoal_groups_without_leader").set(statuses.iter().filter(|status| status.leader.is_none()).count() as f64);
-    let lag = statuses.iter().flat_map(|status| status.matched.values().map(|matched| status.last_index.saturating_sub(*matched)));
+    gauge!("shoal_groups_without_leader")
+        .set(statuses.iter().filter(|status| status.leader.is_none()).count() as f64);
+    let lag = statuses
+        .iter()
+        .flat_map(|status| status.matched.values().map(|matched| status.last_index.saturating_sub(*matched)));
     gauge!("shoal_replica_lag_entries").set(lag.max().unwrap_or(0) as f64);
     gauge!("shoal_nodes").set(cluster.state().nodes.len() as f64);
     gauge!("shoal_disk_writable").set(if cluster.is_writable() { 1.0 } else { 0.0 });
@@ -110,7 +120,9 @@ async fn observe_shards(cluster: &shoal_actors::Cluster) {
     let (mut points, mut pending, mut documents) = (0, 0, [0u64; 4]);
     for local in cluster.local_shards().into_values() {
         let shard = local.shard.clone();
-        let Ok(Ok(Answer::Stats(stats))) = tokio::task::spawn_blocking(move || shard.read(&Read::Stats)).await else {
+        let Ok(Ok(Answer::Stats(stats))) =
+            tokio::task::spawn_blocking(move || shard.read(&Read::Stats)).await
+        else {
             continue;
         };
         pending += stats.pending_vectors;

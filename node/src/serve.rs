@@ -71,11 +71,14 @@ pub async fn run(config: Config) -> Result<()> {
 async fn serve_http(app: App, handle: Handle<std::net::SocketAddr>) -> Result<()> {
     let config = app.config().clone();
     let service = http::router(app).into_make_service();
-    let listener = std::net::TcpListener::bind(config.http).with_context(|| format!("HTTP address {}", config.http))?;
+    let listener =
+        std::net::TcpListener::bind(config.http).with_context(|| format!("HTTP address {}", config.http))?;
     listener.set_nonblocking(true)?;
     let header_timeout = Duration::from_secs(config.limits.header_seconds);
     if config.has_tls() {
-        let tls = RustlsConfig::from_pem_file(&config.tls_cert, &config.tls_key).await.context("TLS certificate and key")?;
+        let tls = RustlsConfig::from_pem_file(&config.tls_cert, &config.tls_key)
+            .await
+            .context("TLS certificate and key")?;
         let mut server = axum_server::from_tcp_rustls(listener, tls)?.handle(handle);
         server.http_builder().http1().timer(TokioTimer::new()).header_read_timeout(header_timeout);
         return Ok(server.serve(service).await?);
@@ -136,7 +139,10 @@ async fn embedders(config: &Config) -> Result<Embedders> {
         match opened {
             Ok(model) => drop(models.insert(config.default_model.clone(), Model::Local(Arc::new(model)))),
             Err(error) => {
-                tracing::warn!(reason = error.message, "the embedded model is not there: vector stores cannot be used");
+                tracing::warn!(
+                    reason = error.message,
+                    "the embedded model is not there: vector stores cannot be used"
+                );
                 missing = error.message;
             }
         }

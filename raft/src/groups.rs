@@ -180,10 +180,10 @@ impl Groups {
     /// Stops a group's replica on this node; its log stays.
     pub async fn close(&self, id: GroupId) {
         let group = self.inner.groups.write().remove(&id);
-        if let Some(group) = group {
-            if let Err(error) = group.raft.shutdown().await {
-                tracing::warn!(group = id.0, %error, "a group did not shut down cleanly");
-            }
+        if let Some(group) = group
+            && let Err(error) = group.raft.shutdown().await
+        {
+            tracing::warn!(group = id.0, %error, "a group did not shut down cleanly");
         }
     }
 

@@ -40,6 +40,9 @@ pub trait Export: Send + Sync + 'static {
     fn next_piece(&self) -> io::Result<Option<Vec<u8>>>;
 }
 
+/// A tag and the consistent copy that it belongs to.
+pub type Exported = (Option<Vec<u8>>, Box<dyn Export>);
+
 /// What a group replicates. All methods block; the adapter calls them off the async threads.
 pub trait StateMachine: Send + Sync + 'static {
     /// The tag of the last applied command, if there was one.
@@ -53,7 +56,7 @@ pub trait StateMachine: Send + Sync + 'static {
     fn checkpoint(&self) -> io::Result<Option<Vec<u8>>>;
 
     /// Fixes a consistent copy with its tag.
-    fn export(&self) -> io::Result<(Option<Vec<u8>>, Box<dyn Export>)>;
+    fn export(&self) -> io::Result<Exported>;
 
     /// Replaces the state by an export that was received into a file, durably, with its tag.
     /// A crash in between leaves the old state or none, never a mixture.

@@ -18,14 +18,16 @@ pub fn binary() -> Result<PathBuf> {
     Ok(path)
 }
 
-/// The directory of the profile that the tests were built with, such as `target/release`.
+/// The directory of the profile that this program was built with, such as `target/release`. The
+/// benchmarks run from there, tests from `deps` below it.
 ///
 /// # Errors
-/// When the tests do not run from where Cargo puts them.
+/// When this program does not run from where Cargo puts it.
 pub fn target_dir() -> Result<PathBuf> {
-    let tests = std::env::current_exe()?;
-    let dir = tests.parent().and_then(Path::parent);
-    Ok(dir.context("the tests do not run from target/PROFILE/deps")?.to_owned())
+    let program = std::env::current_exe()?;
+    let is_profile = |dir: &&Path| !dir.ends_with("deps");
+    let dir = program.ancestors().skip(1).find(is_profile);
+    Ok(dir.context("this program does not run from target/PROFILE")?.to_owned())
 }
 
 /// A command of the binary that sees none of the caller's `SHOAL_…` settings.

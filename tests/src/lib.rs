@@ -17,6 +17,7 @@
 //! loopback was the alternative. The gain is that "one attempt" is one attempt: no library below
 //! repeats a request.
 
+pub mod bench;
 pub mod binary;
 pub mod client;
 pub mod cluster;

@@ -79,6 +79,11 @@ impl Node {
         &self.client
     }
 
+    /// Its process id while it has a process, for what the kernel knows of that.
+    pub fn pid(&self) -> Option<u32> {
+        self.child.as_ref().map(Child::id)
+    }
+
     /// Whether it runs and is not paused.
     pub fn is_running(&self) -> bool {
         self.child.is_some() && !self.is_paused

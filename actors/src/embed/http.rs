@@ -137,7 +137,6 @@ impl HttpModel {
                 return Err(Error::unavailable(format!("model `{}`: {reason}", self.config.name)));
             }
             attempt += 1;
-            #[expect(clippy::disallowed_methods, reason = "jitter decides nothing that is replicated")]
             let jitter = rand::rng().random_range(0.5..1.5);
             tokio::time::sleep(wanted_pause.unwrap_or(pause.mul_f64(jitter)).min(MAX_RETRY_AFTER)).await;
             pause = (pause * 2).min(BACKOFF.1);
@@ -148,7 +147,10 @@ impl HttpModel {
         let mut breaker = self.breaker.lock();
         match breaker.open_until {
             Some(until) if Instant::now() < until => {
-                let message = format!("model `{}` has failed {} times in a row and is not asked for a while", self.config.name, breaker.failures);
+                let message = format!(
+                    "model `{}` has failed {} times in a row and is not asked for a while",
+                    self.config.name, breaker.failures
+                );
                 Err(Error::unavailable(message))
             }
             // Half open: the next request decides.
@@ -177,7 +179,8 @@ impl HttpModel {
         let response = request.send().await.map_err(|error| Failure::Passing(error.to_string(), None))?;
         let status = response.status();
         if !status.is_success() {
-            let retry_after = response.headers().get("retry-after").and_then(|value| value.to_str().ok()?.parse().ok());
+            let retry_after =
+                response.headers().get("retry-after").and_then(|value| value.to_str().ok()?.parse().ok());
             let text: String = response.text().await.unwrap_or_default().chars().take(300).collect();
             let reason = format!("the provider answered {status}: {text}");
             let passing = status.is_server_error() || matches!(status.as_u16(), 408 | 409 | 429);
@@ -186,12 +189,19 @@ impl HttpModel {
                 false => Failure::Final(reason),
             });
         }
-        let mut reply: EmbeddingsReply = response.json().await.map_err(|error| Failure::Passing(error.to_string(), None))?;
+        let mut reply: EmbeddingsReply =
+            response.json().await.map_err(|error| Failure::Passing(error.to_string(), None))?;
         reply.data.sort_by_key(|item| item.index);
         let good = reply.data.len() == texts.len()
-            && reply.data.iter().all(|item| item.embedding.len() == self.config.dimension && item.embedding.iter().all(|x| x.is_finite()));
+            && reply.data.iter().all(|item| {
+                item.embedding.len() == self.config.dimension && item.embedding.iter().all(|x| x.is_finite())
+            });
         if !good {
-            let message = format!("the provider did not answer with {} vectors of {} dimensions", texts.len(), self.config.dimension);
+            let message = format!(
+                "the provider did not answer with {} vectors of {} dimensions",
+                texts.len(),
+                self.config.dimension
+            );
             return Err(Failure::Final(message));
         }
         Ok(reply.data.into_iter().map(|item| item.embedding).collect())
@@ -218,12 +228,17 @@ mod tests {
                 return (code, [("retry-after", "0")], "no").into_response();
             }
             let texts = body["input"].as_array().expect("texts");
-            let data: Vec<_> = (0..texts.len()).rev().map(|index| serde_json::json!({"index": index, "embedding": [index as f32, 1.0]})).collect();
+            let data: Vec<_> = (0..texts.len())
+                .rev()
+                .map(|index| serde_json::json!({"index": index, "embedding": [index as f32, 1.0]}))
+                .collect();
             Json(serde_json::json!({"data": data})).into_response()
         };
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let base_url = format!("http://{}", listener.local_addr().expect("bound"));
-        tokio::spawn(async move { axum::serve(listener, Router::new().route("/embeddings", post(answer))).await });
+        tokio::spawn(
+            async move { axum::serve(listener, Router::new().route("/embeddings", post(answer))).await },
+        );
         let config = HttpModelConfig {
             name: "m".into(),
             base_url,

@@ -81,7 +81,10 @@ impl LocalModel {
     pub fn open(dir: &Path) -> Result<LocalModel, Error> {
         let checksum = verify(dir)?;
         let broken = |what: &dyn std::fmt::Display| {
-            Error::new(ErrorCode::Unavailable, format!("model in {}: {what}; run `make model` to get it again", dir.display()))
+            Error::new(
+                ErrorCode::Unavailable,
+                format!("model in {}: {what}; run `make model` to get it again", dir.display()),
+            )
         };
         let config = std::fs::read(dir.join("config.json")).map_err(|error| broken(&error))?;
         let config: Config = serde_json::from_slice(&config).map_err(|error| broken(&error))?;
@@ -91,7 +94,8 @@ impl LocalModel {
         let mut tokenizer = counter.clone();
         let truncation = tokenizers::TruncationParams { max_length: MAX_TOKENS, ..Default::default() };
         tokenizer.with_truncation(Some(truncation)).map_err(|error| broken(&error))?;
-        let weights = Weights::open(&dir.join("model.safetensors"), &config).map_err(|error| broken(&error))?;
+        let weights =
+            Weights::open(&dir.join("model.safetensors"), &config).map_err(|error| broken(&error))?;
         let name = dir.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         let prefixes = name.contains("e5").then_some(("query: ", "passage: "));
         Ok(LocalModel { tokenizer, counter, weights, checksum, prefixes, turn: Semaphore::new(1) })
@@ -159,18 +163,26 @@ impl LocalModel {
 
 /// Checks the files of a model directory and returns the checksum of the weights.
 fn verify(dir: &Path) -> Result<String, Error> {
-    let refuse = |what: String| Error::new(ErrorCode::Unavailable, format!("{what}; run `make model` to get the model"));
+    let refuse = |what: String| {
+        Error::new(ErrorCode::Unavailable, format!("{what}; run `make model` to get the model"))
+    };
     let sums = std::fs::read_to_string(dir.join("SHA256SUMS"))
         .map_err(|error| refuse(format!("no model in {} (SHA256SUMS: {error})", dir.display())))?;
     let mut weights = String::new();
     for line in sums.lines().filter(|line| !line.is_empty()) {
-        let (wanted, name) = line.split_once("  ").ok_or_else(|| refuse(format!("SHA256SUMS line {line:?} is malformed")))?;
-        let mut file = std::fs::File::open(dir.join(name)).map_err(|error| refuse(format!("{name}: {error}")))?;
+        let (wanted, name) =
+            line.split_once("  ").ok_or_else(|| refuse(format!("SHA256SUMS line {line:?} is malformed")))?;
+        let mut file =
+            std::fs::File::open(dir.join(name)).map_err(|error| refuse(format!("{name}: {error}")))?;
         let mut hasher = Sha256::new();
-        std::io::copy(&mut file, &mut HashWriter(&mut hasher)).map_err(|error| refuse(format!("{name}: {error}")))?;
+        std::io::copy(&mut file, &mut HashWriter(&mut hasher))
+            .map_err(|error| refuse(format!("{name}: {error}")))?;
         let found: String = hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
         if found != wanted {
-            return Err(refuse(format!("{} is damaged: its checksum is {found}, not {wanted}", dir.join(name).display())));
+            return Err(refuse(format!(
+                "{} is damaged: its checksum is {found}, not {wanted}",
+                dir.join(name).display()
+            )));
         }
         if name == "model.safetensors" {
             weights = found;
@@ -198,7 +210,10 @@ impl std::io::Write for HashWriter<'_> {
 impl Weights {
     fn open(file: &Path, config: &Config) -> Result<Weights, Box<dyn std::error::Error>> {
         let file = std::fs::File::open(file)?;
-        #[expect(unsafe_code, reason = "the weights are mapped read-only; nobody writes to a model that is in use")]
+        #[expect(
+            unsafe_code,
+            reason = "the weights are mapped read-only; nobody writes to a model that is in use"
+        )]
         // SAFETY: the file is not changed while it is mapped: `make model` replaces it by rename.
         let map = unsafe { Mmap::map(&file)? };
         let tensors = SafeTensors::deserialize(&map)?;
@@ -206,10 +221,14 @@ impl Weights {
         let words = tensors.tensor("embeddings.word_embeddings.weight")?;
         let offset = words.data().as_ptr() as usize - map.as_ptr() as usize;
         let linear = |name: &str| -> Result<Linear, Box<dyn std::error::Error>> {
-            Ok(Linear::new(load(&tensors, &format!("{name}.weight"))?, Some(load(&tensors, &format!("{name}.bias"))?)))
+            Ok(Linear::new(
+                load(&tensors, &format!("{name}.weight"))?,
+                Some(load(&tensors, &format!("{name}.bias"))?),
+            ))
         };
         let norm = |name: &str| -> Result<LayerNorm, Box<dyn std::error::Error>> {
-            let (weight, bias) = (load(&tensors, &format!("{name}.weight"))?, load(&tensors, &format!("{name}.bias"))?);
+            let (weight, bias) =
+                (load(&tensors, &format!("{name}.weight"))?, load(&tensors, &format!("{name}.bias"))?);
             Ok(LayerNorm::new(weight, bias, config.layer_norm_eps))
         };
         let layers = (0..config.num_hidden_layers).map(|number| {
@@ -230,7 +249,16 @@ impl Weights {
         let first_type = load(&tensors, "embeddings.token_type_embeddings.weight")?.get(0)?;
         let norm = norm("embeddings.LayerNorm")?;
         let words = (offset, words.dtype());
-        Ok(Weights { words, hidden, heads: config.num_attention_heads, positions, first_type, norm, layers, map })
+        Ok(Weights {
+            words,
+            hidden,
+            heads: config.num_attention_heads,
+            positions,
+            first_type,
+            norm,
+            layers,
+            map,
+        })
     }
 
     /// The rows of the vocabulary table for some tokens, from the mapped file.
@@ -263,7 +291,8 @@ impl Weights {
         let mask = Tensor::from_vec(mask, (batch, length), device)?;
         let is_padded = texts.iter().any(|ids| ids.len() < length);
         let bias = is_padded.then(|| ((&mask - 1.0)? * 1e9)?.reshape((batch, 1, 1, length))).transpose()?;
-        let x = words.broadcast_add(&self.positions.narrow(0, 0, length)?)?.broadcast_add(&self.first_type)?;
+        let x =
+            words.broadcast_add(&self.positions.narrow(0, 0, length)?)?.broadcast_add(&self.first_type)?;
         let mut x = self.norm.forward(&x)?;
         for layer in &self.layers {
             x = layer.forward(&x, bias.as_ref(), self.heads)?;
@@ -287,7 +316,8 @@ impl Layer {
             linear.forward(x)?.reshape((batch, length, heads, width))?.transpose(1, 2)?.contiguous()
         };
         let (query, key, value) = (split(&self.query)?, split(&self.key)?, split(&self.value)?);
-        let mut scores = (query.matmul(&key.transpose(2, 3)?.contiguous()?)? * (1.0 / (width as f64).sqrt()))?;
+        let mut scores =
+            (query.matmul(&key.transpose(2, 3)?.contiguous()?)? * (1.0 / (width as f64).sqrt()))?;
         if let Some(bias) = bias {
             scores = scores.broadcast_add(bias)?;
         }
@@ -307,4 +337,51 @@ fn load(tensors: &SafeTensors<'_>, name: &str) -> Result<Tensor, Box<dyn std::er
         other => return Err(format!("tensor {name} has the unexpected type {other:?}").into()),
     };
     Ok(Tensor::from_raw_buffer(view.data(), dtype, view.shape(), &Device::Cpu)?.to_dtype(DType::F32)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The first values of vectors that an independent forward pass over the same weights gave.
+    const KNOWN: [(TextKind, &str, [f32; 5]); 3] = [
+        (TextKind::Query, "hello world", [0.04407, 0.0208, -0.04266, -0.05242, 0.06471]),
+        (TextKind::Passage, "今天天气怎么样？", [0.0577, 0.00724, -0.04333, -0.06296, 0.07392]),
+        (TextKind::Query, "全角ＡＢＣ～　x", [0.05337, -0.00113, -0.0476, -0.03323, 0.07043]),
+    ];
+
+    #[test]
+    fn the_model_gives_known_vectors_alone_and_in_a_batch() {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/multilingual-e5-small");
+        if !dir.join("model.safetensors").exists() {
+            eprintln!(
+                "skipped: the_model_gives_known_vectors_alone_and_in_a_batch: no model; run `make model`"
+            );
+            return;
+        }
+        let model = LocalModel::open(&dir).expect("opens");
+        assert_eq!(model.dimension(), 384);
+        for (kind, text, known) in KNOWN {
+            let long = "a much longer text that makes the batch pad the short one ".repeat(8);
+            let batch = [text.to_owned(), long];
+            let alone = model.embed_blocking(kind, &batch[..1]).expect("embeds").remove(0);
+            let together = model.embed_blocking(kind, &batch).expect("embeds").remove(0);
+            let near = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-4);
+            assert!(near(&alone[..5], &known), "{text}: {:?}", &alone[..5]);
+            assert!(near(&alone, &together), "padding changes nothing");
+        }
+        assert_eq!(model.count_tokens("hello world"), 3);
+    }
+
+    #[test]
+    fn a_missing_or_damaged_model_is_refused_with_advice() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let missing = LocalModel::open(dir.path()).err().expect("refused");
+        assert!(missing.message.contains("make model"), "{}", missing.message);
+        std::fs::write(dir.path().join("config.json"), "{}").expect("writable");
+        std::fs::write(dir.path().join("SHA256SUMS"), format!("{}  config.json\n", "0".repeat(64)))
+            .expect("writable");
+        let damaged = LocalModel::open(dir.path()).err().expect("refused");
+        assert!(damaged.message.contains("is damaged"), "{}", damaged.message);
+    }
 }

@@ -47,7 +47,12 @@ pub struct Embedders {
 
 impl Embedders {
     /// The models, the default one's name, and why there is none if there is none.
-    pub fn new(models: BTreeMap<String, Model>, default: Option<String>, cache_bytes: usize, missing: &str) -> Embedders {
+    pub fn new(
+        models: BTreeMap<String, Model>,
+        default: Option<String>,
+        cache_bytes: usize,
+        missing: &str,
+    ) -> Embedders {
         let cache = Arc::new(Cache::new(cache_bytes));
         Embedders { models: Arc::new(models), default, cache, missing: missing.into() }
     }
@@ -75,7 +80,11 @@ impl Embedders {
             Some((name, model)) => Ok((name, model)),
             None => {
                 let known: Vec<&str> = self.models.keys().map(String::as_str).collect();
-                let message = format!("model `{name}` is not on this node (it has: {}); {}", known.join(", "), self.missing);
+                let message = format!(
+                    "model `{name}` is not on this node (it has: {}); {}",
+                    known.join(", "),
+                    self.missing
+                );
                 Err(Error::new(ErrorCode::NotFound, message))
             }
         }
@@ -92,7 +101,11 @@ impl Embedders {
         }
         let message = format!(
             "the collection was made with model `{}` ({} dimensions, weights {}), this node has {} dimensions, weights {}",
-            wanted.model, wanted.dimension, short(&wanted.checksum), here.dimension, short(&here.checksum)
+            wanted.model,
+            wanted.dimension,
+            short(&wanted.checksum),
+            here.dimension,
+            short(&here.checksum)
         );
         Err(Error::new(ErrorCode::Conflict, message))
     }
@@ -112,10 +125,13 @@ impl Embedders {
     /// Unavailable or busy when the provider is; invalid when it refuses the input.
     pub async fn embed(&self, name: &str, kind: TextKind, texts: &[String]) -> Result<Vec<Vec<f32>>, Error> {
         let (name, model) = self.model(Some(name))?;
-        let mut vectors: Vec<Option<Vec<f32>>> = texts.iter().map(|text| self.cache.get(name, kind, text)).collect();
+        let mut vectors: Vec<Option<Vec<f32>>> =
+            texts.iter().map(|text| self.cache.get(name, kind, text)).collect();
         let missing: Vec<usize> = (0..texts.len()).filter(|index| vectors[*index].is_none()).collect();
-        metrics::counter!("shoal_embedding_cache_requests_total", "result" => "hit").increment((texts.len() - missing.len()) as u64);
-        metrics::counter!("shoal_embedding_cache_requests_total", "result" => "miss").increment(missing.len() as u64);
+        metrics::counter!("shoal_embedding_cache_requests_total", "result" => "hit")
+            .increment((texts.len() - missing.len()) as u64);
+        metrics::counter!("shoal_embedding_cache_requests_total", "result" => "miss")
+            .increment(missing.len() as u64);
         if !missing.is_empty() {
             let wanted: Vec<String> = missing.iter().map(|index| texts[*index].clone()).collect();
             let started = std::time::Instant::now();
@@ -130,7 +146,10 @@ impl Embedders {
                 vectors[index] = Some(vector);
             }
         }
-        vectors.into_iter().map(|vector| vector.ok_or_else(|| Error::internal("a model returned too few vectors"))).collect()
+        vectors
+            .into_iter()
+            .map(|vector| vector.ok_or_else(|| Error::internal("a model returned too few vectors")))
+            .collect()
     }
 }
 

@@ -44,7 +44,11 @@ impl<F: Fn(&str) -> usize> ChunkSizer for Sizer<F> {
 ///
 /// # Errors
 /// A sentence for the user, when there are too many chunks or none.
-pub fn chunk(parsed: &Parsed, config: &ChunkerConfig, count_tokens: impl Fn(&str) -> usize) -> Result<Vec<Chunk>, String> {
+pub fn chunk(
+    parsed: &Parsed,
+    config: &ChunkerConfig,
+    count_tokens: impl Fn(&str) -> usize,
+) -> Result<Vec<Chunk>, String> {
     let chunk_config = ChunkConfig::new(config.max_tokens)
         .with_sizer(Sizer(count_tokens))
         .with_overlap(config.overlap_tokens)
@@ -80,9 +84,14 @@ mod tests {
 
     #[test]
     fn chunks_keep_their_place_and_their_size() {
-        let words = |from: usize, to: usize| (from..to).map(|n| format!("word{n}")).collect::<Vec<_>>().join(" ");
-        let section = |heading: &str, text: String| Section { page: Some(1), heading: Some(heading.into()), text };
-        let parsed = Parsed { sections: vec![section("A", words(0, 100)), section("B", words(100, 130))], page_count: 1 };
+        let words =
+            |from: usize, to: usize| (from..to).map(|n| format!("word{n}")).collect::<Vec<_>>().join(" ");
+        let section =
+            |heading: &str, text: String| Section { page: Some(1), heading: Some(heading.into()), text };
+        let parsed = Parsed {
+            sections: vec![section("A", words(0, 100)), section("B", words(100, 130))],
+            page_count: 1,
+        };
         let config = ChunkerConfig { max_tokens: 20, overlap_tokens: 4 };
         let count = |text: &str| text.split_whitespace().count();
         let chunks = chunk(&parsed, &config, count).expect("chunks");

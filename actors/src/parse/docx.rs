@@ -17,11 +17,13 @@ const MAX_RATIO: u64 = 200;
 const MAX_DEPTH: usize = 256;
 
 pub(super) fn parse(bytes: &[u8]) -> Result<Parsed, String> {
-    let mut archive = zip::ZipArchive::new(Cursor::new(bytes)).map_err(|error| format!("the DOCX is damaged: {error}"))?;
+    let mut archive =
+        zip::ZipArchive::new(Cursor::new(bytes)).map_err(|error| format!("the DOCX is damaged: {error}"))?;
     if archive.len() > MAX_ENTRIES {
         return Err(format!("archive_limits: more than {MAX_ENTRIES} entries"));
     }
-    let main = archive.by_name("word/document.xml").map_err(|_| "the DOCX has no main document".to_owned())?;
+    let main =
+        archive.by_name("word/document.xml").map_err(|_| "the DOCX has no main document".to_owned())?;
     let most = MAX_XML_BYTES.min((bytes.len() as u64).saturating_mul(MAX_RATIO));
     let mut xml = Vec::new();
     main.take(most + 1).read_to_end(&mut xml).map_err(|error| format!("the DOCX is damaged: {error}"))?;
@@ -90,7 +92,8 @@ fn end_paragraph(sections: &mut Vec<Section>, paragraph: &mut String, is_heading
 }
 
 fn is_heading_style(element: &BytesStart<'_>) -> bool {
-    let style = element.attributes().flatten().find(|attribute| attribute.key.local_name().as_ref() == b"val");
+    let style =
+        element.attributes().flatten().find(|attribute| attribute.key.local_name().as_ref() == b"val");
     style.is_some_and(|style| {
         let name = String::from_utf8_lossy(&style.value).to_lowercase();
         name.starts_with("heading") || name == "title"
@@ -123,7 +126,8 @@ mod tests {
             <w:p><w:pPr><w:pStyle w:val="Heading1"/></w:pPr><w:r><w:t>Part</w:t></w:r></w:p>
             <w:p><w:r><w:t>a</w:t><w:tab/><w:t>b</w:t></w:r><w:del><w:r><w:t>gone</w:t></w:r></w:del></w:p></w:body></w:document>"#;
         let parsed = parse_xml(xml).expect("parses");
-        let sections: Vec<_> = parsed.sections.iter().map(|s| (s.heading.as_deref(), s.text.trim())).collect();
+        let sections: Vec<_> =
+            parsed.sections.iter().map(|s| (s.heading.as_deref(), s.text.trim())).collect();
         assert_eq!(sections, [(None, "Intro & more"), (Some("Part"), "a\tb")]);
         assert!(parse_xml(b"<!DOCTYPE x [<!ENTITY a 'b'>]><x/>").is_err());
     }

@@ -6,10 +6,31 @@ use super::{Parsed, Section};
 
 /// The deepest nesting that is followed.
 const MAX_DEPTH: usize = 256;
-const SKIPPED: [&str; 9] = ["script", "style", "noscript", "template", "svg", "head", "nav", "iframe", "canvas"];
+const SKIPPED: [&str; 9] =
+    ["script", "style", "noscript", "template", "svg", "head", "nav", "iframe", "canvas"];
 const BLOCKS: [&str; 22] = [
-    "p", "div", "section", "article", "main", "ul", "ol", "li", "table", "tr", "blockquote", "pre", "figure", "dl",
-    "dt", "dd", "header", "footer", "aside", "form", "br", "hr",
+    "p",
+    "div",
+    "section",
+    "article",
+    "main",
+    "ul",
+    "ol",
+    "li",
+    "table",
+    "tr",
+    "blockquote",
+    "pre",
+    "figure",
+    "dl",
+    "dt",
+    "dd",
+    "header",
+    "footer",
+    "aside",
+    "form",
+    "br",
+    "hr",
 ];
 
 pub(super) fn parse(bytes: &[u8]) -> Parsed {
@@ -39,8 +60,12 @@ fn walk(element: ElementRef<'_>, sections: &mut Vec<Section>, depth: usize, is_p
                 let Some(child) = ElementRef::wrap(child) else { continue };
                 let name = node.name();
                 if matches!(name, "h1" | "h2" | "h3" | "h4" | "h5" | "h6") {
-                    let heading = child.text().collect::<String>().split_whitespace().collect::<Vec<_>>().join(" ");
-                    sections.push(Section { heading: Some(heading).filter(|text| !text.is_empty()), ..Section::default() });
+                    let heading =
+                        child.text().collect::<String>().split_whitespace().collect::<Vec<_>>().join(" ");
+                    sections.push(Section {
+                        heading: Some(heading).filter(|text| !text.is_empty()),
+                        ..Section::default()
+                    });
                     continue;
                 }
                 let is_block = BLOCKS.contains(&name);
@@ -87,7 +112,8 @@ mod tests {
         let html = b"<html><head><title>t</title><style>x{}</style></head><body><p>Hello <b>big</b>\n world</p>
             <script>no()</script><h2>Part <i>two</i></h2><ul><li>one</li><li>two</li></ul><table><tr><td>a</td><td>b</td></tr></table></body>";
         let parsed = parse(html);
-        let sections: Vec<_> = parsed.sections.iter().map(|s| (s.heading.as_deref(), s.text.as_str())).collect();
+        let sections: Vec<_> =
+            parsed.sections.iter().map(|s| (s.heading.as_deref(), s.text.as_str())).collect();
         assert_eq!(sections, [(None, "Hello big world"), (Some("Part two"), "one\ntwo\na b")]);
     }
 }

@@ -110,7 +110,9 @@ impl Format {
             return Err(format!("{filename:?} is an archive of a kind that is not supported"));
         }
         match bytes.iter().take(8192).any(|byte| *byte == 0) {
-            true => Err(format!("{filename:?} is of a kind that is not supported (txt, md, html, pdf, docx are)")),
+            true => {
+                Err(format!("{filename:?} is of a kind that is not supported (txt, md, html, pdf, docx are)"))
+            }
             false => Ok(Format::Text),
         }
     }
@@ -136,7 +138,8 @@ pub(crate) fn parse(filename: &str, bytes: &[u8]) -> Result<Parsed, String> {
 /// the child was killed or crashed, which may be the file's fault or the machine's.
 pub async fn run_in_child(limits: ParseLimits, filename: &str, bytes: &[u8]) -> Result<Parsed, Error> {
     let started = std::time::Instant::now();
-    let result = tokio::time::timeout(Duration::from_secs(limits.wall_seconds), talk(limits, filename, bytes)).await;
+    let result =
+        tokio::time::timeout(Duration::from_secs(limits.wall_seconds), talk(limits, filename, bytes)).await;
     metrics::histogram!("shoal_parse_seconds").record(started.elapsed());
     let result = result.unwrap_or_else(|_| {
         Err(Error::internal(format!("the parser took longer than {} s and was stopped", limits.wall_seconds)))
@@ -182,6 +185,49 @@ async fn talk(limits: ParseLimits, filename: &str, bytes: &[u8]) -> Result<Parse
     if !status.success() {
         return Err(failed(&format!("crashed or ran out of its limits ({status})")));
     }
-    let answer: Result<Parsed, String> = serde_json::from_slice(&output).map_err(|_| failed("gave no answer"))?;
+    let answer: Result<Parsed, String> =
+        serde_json::from_slice(&output).map_err(|_| failed("gave no answer"))?;
     answer.map_err(|reason| Error::new(ErrorCode::Unprocessable, reason))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    /// Real files of every supported kind, some of them damaged on purpose: each gives text or a
+    /// reason, and most give text.
+    #[test]
+    fn real_files_give_text_or_a_reason() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/data/office");
+        let Ok(entries) = std::fs::read_dir(&folder) else {
+            eprintln!("skipped: real_files_give_text_or_a_reason: {} is not there", folder.display());
+            return;
+        };
+        let (mut parsed, mut refused) = (0, Vec::new());
+        for path in entries.map(|entry| entry.expect("an entry").path()) {
+            let name = path.file_name().expect("a name").to_string_lossy().into_owned();
+            if !["pdf", "docx", "html", "md", "txt", "csv"].iter().any(|end| name.ends_with(end)) {
+                continue;
+            }
+            let bytes = std::fs::read(&path).expect("readable");
+            let answer =
+                std::panic::catch_unwind(|| parse(&name, &bytes)).unwrap_or_else(|_| Err("panicked".into()));
+            match answer {
+                Ok(found) if !found.sections.is_empty() => parsed += 1,
+                Ok(_) => refused.push(format!("{name}: empty")),
+                Err(reason) => refused.push(format!("{name}: {reason}")),
+            }
+        }
+        assert!(parsed > refused.len() * 2, "{parsed} parsed, refused: {refused:#?}");
+    }
+
+    #[test]
+    fn formats_are_told_by_name_and_then_by_content() {
+        assert_eq!(Format::of("a.PDF", b""), Ok(Format::Pdf));
+        assert_eq!(Format::of("noname", b"%PDF-1.7"), Ok(Format::Pdf));
+        assert_eq!(Format::of("notes", b"plain words"), Ok(Format::Text));
+        assert!(Format::of("a.exe", b"MZ\0\0").is_err());
+        assert!(Format::of("a.xlsx", b"PK\x03\x04").is_err());
+    }
 }

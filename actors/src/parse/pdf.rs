@@ -3,7 +3,8 @@
 use super::{Parsed, Section};
 
 pub(super) fn parse(bytes: &[u8]) -> Result<Parsed, String> {
-    let document = lopdf::Document::load_mem(bytes).map_err(|error| format!("the PDF is damaged: {error}"))?;
+    let document =
+        lopdf::Document::load_mem(bytes).map_err(|error| format!("the PDF is damaged: {error}"))?;
     if document.is_encrypted() {
         return Err("the PDF is encrypted".into());
     }

@@ -52,7 +52,8 @@ mod tests {
 
     #[test]
     fn markdown_is_cut_at_headings_and_not_in_code() {
-        let parsed = parse_markdown(b"intro\n# One #\nfirst\n```\n# not a heading\n```\n## Two\nsecond\n#hashtag\n");
+        let parsed =
+            parse_markdown(b"intro\n# One #\nfirst\n```\n# not a heading\n```\n## Two\nsecond\n#hashtag\n");
         let headings: Vec<_> = parsed.sections.iter().map(|section| section.heading.as_deref()).collect();
         assert_eq!(headings, [None, Some("One"), Some("Two")]);
         assert!(parsed.sections[1].text.contains("# not a heading"));

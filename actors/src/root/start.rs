@@ -1,6 +1,6 @@
 //! Start and stop of a node's working parts.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -20,6 +20,8 @@ use crate::mesh::MeshArguments;
 use crate::service::{Identity, PeerService};
 use crate::work::{Work, WorkConfig};
 
+/// How often addresses are learned while nobody leads the control group.
+const LEARN_TICK: Duration = Duration::from_millis(500);
 /// How often free disk space is looked at.
 const DISK_TICK: Duration = Duration::from_secs(1);
 /// How long a stop may take to hand leadership over.
@@ -77,13 +79,17 @@ pub async fn start(config: NodeConfig, peers: Peers, service: PeerService) -> Re
     let node = file.node;
     tracing::info!(node = node.0, cluster = file.cluster_id, "this node belongs to a cluster");
 
-    let log = LogStore::open(&config.data.join("log"), &config.log).map_err(|error| on_disk(&config.data, &error))?;
+    let log = LogStore::open(&config.data.join("log"), &config.log)
+        .map_err(|error| on_disk(&config.data, &error))?;
     let incoming = config.data.join("incoming");
-    let groups = Groups::new(node, log, peers.clone(), &config.raft, incoming).map_err(|error| on_disk(&config.data, &error))?;
-    let control = Control::open(&config.data.join("control")).map_err(|error| on_disk(&config.data, &error))?;
+    let groups = Groups::new(node, log, peers.clone(), &config.raft, incoming)
+        .map_err(|error| on_disk(&config.data, &error))?;
+    let control =
+        Control::open(&config.data.join("control")).map_err(|error| on_disk(&config.data, &error))?;
     let control = Arc::new(control);
     let watch = control.watch();
-    note_addresses(&peers, &watch.borrow(), node);
+    let mut noted = BTreeMap::new();
+    note_addresses(&peers, &watch.borrow(), node, &mut noted);
     bootstrap::learn_addresses(&peers, &config.discovery, &file.cluster_id).await;
 
     let cluster = Cluster::new(groups.clone(), watch);
@@ -95,8 +101,9 @@ pub async fn start(config: NodeConfig, peers: Peers, service: PeerService) -> Re
     if served.is_err() {
         return Err(Error::internal("a node was started twice on one peer service"));
     }
+    keep_learning(&cluster, &peers, &config, &file.cluster_id);
     open_control(&cluster, control, &config, &file).await?;
-    follow_state(&cluster, &peers, &config, node);
+    follow_state(&cluster, &peers, &config, noted);
     watch_disk(cluster.clone(), config.data.clone(), config.disk_reserve_bytes);
 
     let work = Work::new(config.work.clone(), cluster.clone(), blobs.clone());
@@ -138,7 +145,9 @@ async fn open_control(
         };
         match cluster.control(add, deadline).await? {
             Response::NodeAdded(node) if node == file.node => {}
-            other => return Err(Error::internal(format!("the first node was not added as node 1: {other:?}"))),
+            other => {
+                return Err(Error::internal(format!("the first node was not added as node 1: {other:?}")));
+            }
         }
     }
     Ok(())
@@ -146,16 +155,20 @@ async fn open_control(
 
 /// Follows the cluster's state for as long as the node runs: addresses of peers, this node's
 /// own address after a restart, and word that this node was removed.
-fn follow_state(cluster: &Cluster, peers: &Peers, config: &NodeConfig, node: NodeId) {
+fn follow_state(cluster: &Cluster, peers: &Peers, config: &NodeConfig, mut noted: BTreeMap<NodeId, String>) {
+    let node = cluster.node();
     let mut watch = cluster.watch();
     let (cluster, peers) = (cluster.clone(), peers.clone());
     let own = config.discovery.addresses.clone();
     tokio::spawn(async move {
         loop {
             let state = watch.borrow_and_update().clone();
-            note_addresses(&peers, &state, node);
+            note_addresses(&peers, &state, node, &mut noted);
             if state.removed.contains(&node) {
-                tracing::error!(node = node.0, "this node was removed from its cluster and stops; its data directory is of no use any more");
+                tracing::error!(
+                    node = node.0,
+                    "this node was removed from its cluster and stops; its data directory is of no use any more"
+                );
                 std::process::exit(crate::EXIT_REMOVED);
             }
             let known = state.nodes.get(&node);
@@ -177,10 +190,38 @@ fn follow_state(cluster: &Cluster, peers: &Peers, config: &NodeConfig, node: Nod
     });
 }
 
-fn note_addresses(peers: &Peers, state: &shoal_raft::cluster::ClusterState, own: NodeId) {
+/// Takes over addresses that have changed in the state. What was learned from greetings stays
+/// otherwise: after a restart of everything, the state's addresses may all be out of date.
+fn note_addresses(
+    peers: &Peers,
+    state: &shoal_raft::cluster::ClusterState,
+    own: NodeId,
+    noted: &mut BTreeMap<NodeId, String>,
+) {
     for (id, node) in state.nodes.iter().filter(|(id, _)| **id != own) {
-        peers.set_address(*id, &node.addresses.grpc);
+        let address = &node.addresses.grpc;
+        if noted.get(id) != Some(address) {
+            peers.set_address(*id, address);
+            noted.insert(*id, address.clone());
+        }
     }
+}
+
+/// Greets the known addresses for as long as the control group has no leader: when all nodes
+/// have come back under new addresses, greetings are the only way to find each other.
+fn keep_learning(cluster: &Cluster, peers: &Peers, config: &NodeConfig, cluster_id: &str) {
+    let (cluster, peers) = (cluster.clone(), peers.clone());
+    let (discovery, cluster_id) = (config.discovery.clone(), cluster_id.to_owned());
+    tokio::spawn(async move {
+        loop {
+            tokio::time::sleep(LEARN_TICK).await;
+            let has_leader =
+                cluster.groups().get(GroupId::CONTROL).is_ok_and(|control| control.leader().is_some());
+            if !has_leader {
+                bootstrap::learn_addresses(&peers, &discovery, &cluster_id).await;
+            }
+        }
+    });
 }
 
 /// Below the reserve nothing new is written; by itself again once there is room.
@@ -222,7 +263,10 @@ impl Running {
             self.cluster.groups().close(group.id()).await;
         }
         for (id, local) in self.cluster.local_shards() {
-            let saved = tokio::task::spawn_blocking(move || local.shard.save_derived(true).and_then(|()| local.shard.checkpoint())).await;
+            let saved = tokio::task::spawn_blocking(move || {
+                local.shard.save_derived(true).and_then(|()| local.shard.checkpoint())
+            })
+            .await;
             if let Ok(Err(error)) = saved {
                 tracing::warn!(shard = id.0, %error, "derived files were not saved; the next start rebuilds them");
             }
@@ -235,15 +279,20 @@ async fn hand_over(cluster: &Cluster) {
     let node = cluster.node();
     for group in cluster.groups().all() {
         let status = group.status();
-        let heir = status.matched.iter().filter(|(id, _)| **id != node && status.voters.contains(*id)).max_by_key(|(_, matched)| **matched);
-        if let Some((heir, _)) = heir.filter(|_| group.is_leader()) {
-            if let Err(error) = group.transfer_leader(*heir).await {
-                tracing::warn!(group = group.id().0, %error, "leadership could not be handed over");
-            }
+        let heir = status
+            .matched
+            .iter()
+            .filter(|(id, _)| **id != node && status.voters.contains(*id))
+            .max_by_key(|(_, matched)| **matched);
+        if let Some((heir, _)) = heir.filter(|_| group.is_leader())
+            && let Err(error) = group.transfer_leader(*heir).await
+        {
+            tracing::warn!(group = group.id().0, %error, "leadership could not be handed over");
         }
     }
     let deadline = Instant::now() + HANDOVER_TIMEOUT;
-    let leads = || cluster.groups().all().iter().any(|group| group.is_leader() && group.status().voters.len() > 1);
+    let leads =
+        || cluster.groups().all().iter().any(|group| group.is_leader() && group.status().voters.len() > 1);
     while leads() && Instant::now() < deadline {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }

@@ -55,7 +55,8 @@ impl Actor for Shard {
         let shard = tokio::task::spawn_blocking(move || shoal_engine::Shard::open(&dir, config)).await??;
         let shard = Arc::new(shard);
         let group = cluster.groups().open(id.into(), Arc::new(Replica(shard.clone()))).await?;
-        let founders = cluster.state().shards.get(&id).map(|shard| shard.founders.clone()).unwrap_or_default();
+        let founders =
+            cluster.state().shards.get(&id).map(|shard| shard.founders.clone()).unwrap_or_default();
         if founders.contains(&cluster.node()) && !group.is_initialized().await? {
             group.initialize(&founders).await?;
         } else if group.status().voters.len() == 1 {

@@ -101,7 +101,8 @@ impl ShardsState {
                 self.open(id, &wanted, myself).await;
             }
         }
-        let surplus: Vec<ShardId> = self.open.keys().filter(|id| !self.is_wanted(**id, &wanted)).copied().collect();
+        let surplus: Vec<ShardId> =
+            self.open.keys().filter(|id| !self.is_wanted(**id, &wanted)).copied().collect();
         for id in surplus {
             self.discard(id).await;
         }
@@ -120,7 +121,9 @@ impl ShardsState {
     }
 
     async fn open(&mut self, id: ShardId, wanted: &Arc<ClusterState>, myself: &ActorRef<ShardsMessage>) {
-        let Some(collection) = wanted.shards.get(&id).and_then(|shard| wanted.collections.get(&shard.collection)) else {
+        let Some(collection) =
+            wanted.shards.get(&id).and_then(|shard| wanted.collections.get(&shard.collection))
+        else {
             return;
         };
         let arguments = ShardArguments {

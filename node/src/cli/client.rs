@@ -63,7 +63,8 @@ async fn read(response: Response) -> Result<Value> {
     let text = response.text().await?;
     if !status.is_success() {
         let body: Value = serde_json::from_str(&text).unwrap_or_default();
-        let message = ["/error/message", "/detail", "/status/error"].iter().find_map(|at| body.pointer(at)?.as_str());
+        let message =
+            ["/error/message", "/detail", "/status/error"].iter().find_map(|at| body.pointer(at)?.as_str());
         bail!("{status}: {}", message.unwrap_or(&text));
     }
     serde_json::from_str(&text).context("the answer is not JSON")

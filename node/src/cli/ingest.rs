@@ -64,7 +64,8 @@ pub async fn run(args: IngestArgs) -> Result<()> {
     let known = known_files(&client, &store).await?;
     let bar = ProgressBar::new(files.len() as u64).with_style(style("uploading"));
     let root = if args.path.is_dir() { args.path.clone() } else { PathBuf::new() };
-    let uploads = futures::stream::iter(files.iter().map(|file| upload(&client, &store, &root, file, &known)));
+    let uploads =
+        futures::stream::iter(files.iter().map(|file| upload(&client, &store, &root, file, &known)));
     let mut skipped = 0;
     let mut uploads = uploads.buffer_unordered(UPLOADS);
     while let Some(uploaded) = uploads.next().await {
@@ -117,7 +118,13 @@ async fn known_files(client: &Client, store: &str) -> Result<HashSet<String>> {
 }
 
 /// Uploads one file and attaches it. Returns whether there was anything to do.
-async fn upload(client: &Client, store: &str, root: &Path, path: &Path, known: &HashSet<String>) -> Result<bool> {
+async fn upload(
+    client: &Client,
+    store: &str,
+    root: &Path,
+    path: &Path,
+    known: &HashSet<String>,
+) -> Result<bool> {
     let bytes = tokio::fs::read(path).await.with_context(|| format!("file {}", path.display()))?;
     let relative = path.strip_prefix(root).unwrap_or(path).to_string_lossy().into_owned();
     let mut hasher = blake3::Hasher::new();
@@ -138,7 +145,9 @@ async fn upload(client: &Client, store: &str, root: &Path, path: &Path, known: &
         };
         match sent.await {
             Ok(_) => return Ok(true),
-            Err(error) if attempt == ATTEMPTS => return Err(error.context(format!("file {}", path.display()))),
+            Err(error) if attempt == ATTEMPTS => {
+                return Err(error.context(format!("file {}", path.display())));
+            }
             // The id makes a retry harmless.
             Err(_) => tokio::time::sleep(POLL * attempt.min(4)).await,
         }

@@ -24,13 +24,18 @@ pub struct SearchArgs {
 /// Searches and prints the results with their sources.
 pub async fn run(args: SearchArgs) -> Result<()> {
     let client = Client::new(args.client)?;
-    let store = find_store(&client, args.store.as_deref()).await?.context("there is no vector store yet; run `shoal ingest DIR`")?;
+    let store = find_store(&client, args.store.as_deref())
+        .await?
+        .context("there is no vector store yet; run `shoal ingest DIR`")?;
     let started = std::time::Instant::now();
     let body = json!({"query": args.query, "max_num_results": args.limit});
     let answer = client.post(&format!("/v1/vector_stores/{store}/search"), &body).await?;
     let milliseconds = started.elapsed().as_secs_f64() * 1e3;
     let shards = &answer["shards"];
-    println!("{:?} in {store}: {milliseconds:.1} ms, {} of {} shards", args.query, shards["ok"], shards["total"]);
+    println!(
+        "{:?} in {store}: {milliseconds:.1} ms, {} of {} shards",
+        args.query, shards["ok"], shards["total"]
+    );
     for (rank, hit) in answer["data"].as_array().into_iter().flatten().enumerate() {
         let place = match (hit["heading"].as_str(), hit["page"].as_u64()) {
             (Some(heading), _) => format!(" § {heading}"),

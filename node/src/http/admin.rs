@@ -85,7 +85,8 @@ fn reasons(cluster: &Cluster) -> Vec<String> {
 
 async fn detailed(State(app): State<App>) -> Result<Json<Value>, Problem> {
     let running = app.running()?;
-    let embedders: Vec<String> = running.work.embedders().list().into_iter().map(|model| model.model).collect();
+    let embedders: Vec<String> =
+        running.work.embedders().list().into_iter().map(|model| model.model).collect();
     Ok(Json(json!({
         "version": env!("CARGO_PKG_VERSION"), "node": running.cluster.node(),
         "reasons": reasons(&running.cluster), "disk_writable": running.cluster.is_writable(), "models": embedders,

@@ -85,14 +85,23 @@ fn read(parts: &Parts, app: &App) -> Result<Context, Error> {
         Some(key) => RequestId::from_key(&format!("{} {}", parts.method, parts.uri.path()), key),
         None => RequestId(*Uuid::new_v4().as_bytes()),
     };
-    let seconds = timeout_seconds(parts.uri.query().unwrap_or_default())?.unwrap_or(app.config().limits.request_seconds);
+    let seconds = timeout_seconds(parts.uri.query().unwrap_or_default())?
+        .unwrap_or(app.config().limits.request_seconds);
     let allow_partial = text(headers, &PARTIAL)? == Some("true");
-    Ok(Context { deadline: Instant::now() + Duration::from_secs(seconds), level, position, request_id, allow_partial })
+    Ok(Context {
+        deadline: Instant::now() + Duration::from_secs(seconds),
+        level,
+        position,
+        request_id,
+        allow_partial,
+    })
 }
 
 /// The `timeout` query parameter, as Qdrant's clients send it.
 fn timeout_seconds(query: &str) -> Result<Option<u64>, Error> {
-    let Some(value) = query.split('&').find_map(|pair| pair.strip_prefix("timeout=")) else { return Ok(None) };
+    let Some(value) = query.split('&').find_map(|pair| pair.strip_prefix("timeout=")) else {
+        return Ok(None);
+    };
     match value.parse() {
         Ok(seconds) if (1..=MAX_TIMEOUT_SECONDS).contains(&seconds) => Ok(Some(seconds)),
         _ => Err(Error::invalid("timeout", format!("expected 1 to {MAX_TIMEOUT_SECONDS} seconds"))),

@@ -56,7 +56,9 @@ pub(super) async fn observe(request: Request, next: Next) -> Response {
 fn request_id(headers: &HeaderMap) -> String {
     let given = headers.get(REQUEST_ID).and_then(|value| value.to_str().ok());
     let is_good = |id: &&str| {
-        !id.is_empty() && id.len() <= MAX_REQUEST_ID_BYTES && id.chars().all(|c| c.is_ascii_alphanumeric() || "-_.:".contains(c))
+        !id.is_empty()
+            && id.len() <= MAX_REQUEST_ID_BYTES
+            && id.chars().all(|c| c.is_ascii_alphanumeric() || "-_.:".contains(c))
     };
     given.filter(is_good).map_or_else(|| Uuid::new_v4().to_string(), str::to_owned)
 }
@@ -80,7 +82,8 @@ pub(super) async fn limit_concurrency(State(app): State<App>, request: Request, 
 pub(super) async fn check_key(State(app): State<App>, request: Request, next: Next) -> Response {
     let config = app.config();
     let path = request.uri().path();
-    let is_open = config.api_key.is_empty() || OPEN.contains(&path) || (path == "/metrics" && config.metrics_open);
+    let is_open =
+        config.api_key.is_empty() || OPEN.contains(&path) || (path == "/metrics" && config.metrics_open);
     if is_open || key_of(request.headers()).is_some_and(|key| same_key(key, &config.api_key)) {
         return next.run(request).await;
     }
@@ -89,7 +92,8 @@ pub(super) async fn check_key(State(app): State<App>, request: Request, next: Ne
 }
 
 fn key_of(headers: &HeaderMap) -> Option<&str> {
-    let bearer = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok()?.strip_prefix("Bearer "));
+    let bearer =
+        headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok()?.strip_prefix("Bearer "));
     bearer.or_else(|| headers.get("api-key")?.to_str().ok())
 }
 

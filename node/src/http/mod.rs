@@ -40,7 +40,10 @@ pub fn router(app: App) -> Router {
         .layer(DefaultBodyLimit::max(limits.body_bytes))
         // Limits hold for what a body inflates to.
         .layer(RequestDecompressionLayer::new())
-        .layer(TimeoutLayer::with_status_code(StatusCode::GATEWAY_TIMEOUT, Duration::from_secs(MAX_REQUEST_SECONDS)))
+        .layer(TimeoutLayer::with_status_code(
+            StatusCode::GATEWAY_TIMEOUT,
+            Duration::from_secs(MAX_REQUEST_SECONDS),
+        ))
         .layer(from_fn(middleware::own_errors))
         .layer(from_fn_with_state(app.clone(), middleware::check_key))
         .layer(from_fn_with_state(app.clone(), middleware::limit_concurrency))

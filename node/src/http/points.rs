@@ -60,11 +60,20 @@ impl Found {
 ///
 /// # Errors
 /// The first that any shard gives; the parts of other shards may have been written.
-pub async fn upsert(cluster: &Cluster, found: &Found, points: Vec<Point>, context: &Context) -> Result<Position, Error> {
+pub async fn upsert(
+    cluster: &Cluster,
+    found: &Found,
+    points: Vec<Point>,
+    context: &Context,
+) -> Result<Position, Error> {
     for (index, point) in points.iter().enumerate() {
         shoal_engine::check_point(&found.config, point).map_err(|error| {
             let field = error.field.clone().unwrap_or_default();
-            Error { field: Some(format!("points[{index}].{field}")), message: format!("Wrong input: points[{index}].{}", error.message), ..error }
+            Error {
+                field: Some(format!("points[{index}].{field}")),
+                message: format!("Wrong input: points[{index}].{}", error.message),
+                ..error
+            }
         })?;
     }
     let mut split: BTreeMap<ShardId, Vec<Point>> = BTreeMap::new();
@@ -91,7 +100,9 @@ fn entries(points: Vec<Point>) -> Vec<Vec<Point>> {
     let mut entries: Vec<Vec<Point>> = Vec::new();
     let mut bytes = usize::MAX;
     for point in points {
-        let size = 64 + point.payload.len() + point.vectors.iter().map(|(_, vector)| vector.len() * 4).sum::<usize>();
+        let size = 64
+            + point.payload.len()
+            + point.vectors.iter().map(|(_, vector)| vector.len() * 4).sum::<usize>();
         let is_full = entries.last().is_none_or(|entry| entry.len() == limits::MAX_POINTS_PER_ENTRY);
         if is_full || bytes.saturating_add(size) > limits::MAX_ENTRY_BYTES {
             entries.push(Vec::new());
@@ -155,7 +166,12 @@ pub async fn write_parts(
 ///
 /// # Errors
 /// As [`gather`].
-pub async fn ask_all(cluster: &Cluster, found: &Found, question: &Read, context: &Context) -> Result<Gathered, Error> {
+pub async fn ask_all(
+    cluster: &Cluster,
+    found: &Found,
+    question: &Read,
+    context: &Context,
+) -> Result<Gathered, Error> {
     gather(cluster, &found.shards, question, &context.read_options(), context.allow_partial).await
 }
 
@@ -163,7 +179,12 @@ pub async fn ask_all(cluster: &Cluster, found: &Found, question: &Read, context:
 ///
 /// # Errors
 /// As [`gather`].
-pub async fn count(cluster: &Cluster, found: &Found, filter: Option<String>, context: &Context) -> Result<u64, Error> {
+pub async fn count(
+    cluster: &Cluster,
+    found: &Found,
+    filter: Option<String>,
+    context: &Context,
+) -> Result<u64, Error> {
     let gathered = ask_all(cluster, found, &Read::Count { filter }, context).await?;
     Ok(gathered.answers.iter().map(|answer| if let Answer::Count(count) = answer { *count } else { 0 }).sum())
 }

@@ -19,8 +19,10 @@ use crate::types::{EntryOf, LogIdOf, TypeConfig, VoteOf};
 /// How many bytes of recent entries a group keeps in memory for replication and apply; older
 /// ones are read back from the log.
 const CACHE_BYTES: usize = 16 << 20;
-/// The most bytes that one read for replication returns.
+/// About the most bytes that one read for replication returns.
 const READ_BYTES: usize = 4 << 20;
+/// Entries that are read back from the log at a time.
+const STORED_SLICE: u64 = 64;
 
 type Entry = EntryOf<TypeConfig>;
 type LogId = LogIdOf<TypeConfig>;
@@ -90,35 +92,42 @@ impl GroupLog {
         bodies.iter().map(|body| record::from_bytes(body)).collect()
     }
 
+    /// Entries from `first` up to `end`, without a gap: from memory where they are there, from
+    /// the log where they are not. Stops early once `limit_bytes` are reached.
     async fn read(&self, first: u64, end: u64, limit_bytes: usize) -> io::Result<Vec<Entry>> {
-        let (first, end, cached_from) = {
-            let state = self.state.lock();
-            let known_first = state.purged.map_or(0, |id| id.index + 1);
-            let known_end = state.last.map_or(0, |id| id.index + 1);
-            let cached_from = state.cache.first_key_value().map_or(known_end, |(index, _)| *index);
-            (first.max(known_first), end.min(known_end), cached_from)
-        };
-        let mut entries = Vec::new();
-        if first >= end {
-            return Ok(entries);
-        }
-        if first < cached_from {
-            // Bounded: entries that were not cached come in slices, the caller asks again.
-            let stored_end = end.min(cached_from);
-            let slice_end = if limit_bytes == usize::MAX { stored_end } else { stored_end.min(first + 64) };
-            entries = self.read_stored(first, slice_end).await?;
-            if slice_end < stored_end {
-                return Ok(entries);
-            }
-        }
-        let state = self.state.lock();
-        let mut bytes: usize = entries.iter().map(size_of_entry).sum();
-        for (_, entry) in state.cache.range(first.max(cached_from)..end) {
-            bytes += size_of_entry(entry);
-            if !entries.is_empty() && bytes > limit_bytes {
-                break;
-            }
-            entries.push(entry.clone());
+        let mut entries: Vec<Entry> = Vec::new();
+        let mut bytes = 0;
+        let mut next = first;
+        while bytes < limit_bytes {
+            // Memory may lose its oldest entries between two rounds, so each round looks anew.
+            let stored_end = {
+                let state = self.state.lock();
+                next = next.max(state.purged.map_or(0, |id| id.index + 1));
+                let end = end.min(state.last.map_or(0, |id| id.index + 1));
+                if next >= end {
+                    break;
+                }
+                let before = entries.len();
+                for (index, entry) in state.cache.range(next..end) {
+                    if *index != next || bytes >= limit_bytes {
+                        break;
+                    }
+                    next += 1;
+                    bytes += size_of_entry(entry);
+                    entries.push(entry.clone());
+                }
+                if entries.len() > before {
+                    continue;
+                }
+                let cached_from = state.cache.range(next..).next().map_or(end, |(index, _)| *index);
+                cached_from.min(end).min(next + STORED_SLICE)
+            };
+            let slice = self.read_stored(next, stored_end).await?;
+            // A log's first index need not be zero: nothing stored means nothing to find there.
+            let found = slice.last().map_or(stored_end, |entry| entry.log_id.index + 1);
+            bytes += slice.iter().map(size_of_entry).sum::<usize>();
+            entries.extend(slice);
+            next = found;
         }
         Ok(entries)
     }

@@ -16,12 +16,18 @@ use shoal_proto::{GroupId, NodeId};
 use tempfile::TempDir;
 
 use super::*;
-use crate::machine::{Committed, Export, Machine, StateMachine};
+use crate::machine::{Committed, Export, Exported, Machine, StateMachine};
 use crate::types::{EntryOf, LogIdOf, Payload, TypeConfig, VoteOf};
 
 /// The smallest state machine: it remembers its tag and every command.
 #[derive(Default)]
-struct Recorder(Mutex<(Option<Vec<u8>>, BTreeMap<u64, Bytes>)>);
+struct Recorder(Mutex<Recorded>);
+
+#[derive(Default)]
+struct Recorded {
+    tag: Option<Vec<u8>>,
+    commands: BTreeMap<u64, Bytes>,
+}
 
 struct Empty;
 
@@ -33,7 +39,7 @@ impl Export for Empty {
 
 impl StateMachine for Recorder {
     fn applied_tag(&self) -> io::Result<Option<Vec<u8>>> {
-        Ok(self.0.lock().0.clone())
+        Ok(self.0.lock().tag.clone())
     }
 
     fn apply(&self, entries: Vec<Committed>) -> io::Result<Vec<Bytes>> {
@@ -41,9 +47,9 @@ impl StateMachine for Recorder {
         Ok(entries
             .into_iter()
             .map(|entry| {
-                state.0 = Some(entry.tag);
+                state.tag = Some(entry.tag);
                 let command = entry.command.unwrap_or_default();
-                state.1.insert(entry.index, command.clone());
+                state.commands.insert(entry.index, command.clone());
                 command
             })
             .collect())
@@ -53,12 +59,12 @@ impl StateMachine for Recorder {
         self.applied_tag()
     }
 
-    fn export(&self) -> io::Result<(Option<Vec<u8>>, Box<dyn Export>)> {
+    fn export(&self) -> io::Result<Exported> {
         Ok((self.applied_tag()?, Box::new(Empty)))
     }
 
     fn install(&self, tag: Vec<u8>, _file: &Path) -> io::Result<()> {
-        self.0.lock().0 = Some(tag);
+        self.0.lock().tag = Some(tag);
         Ok(())
     }
 }
@@ -178,6 +184,24 @@ async fn entries_beyond_the_cache_are_read_back() {
         next += entries.len() as u64;
     }
     assert_eq!(next, 41);
+}
+
+/// Reading a range that ends before the first entry in memory once made the leader panic: the
+/// log was reopened, new entries were in memory, and a follower wanted old ones.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn old_entries_are_read_while_new_ones_are_in_memory() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    {
+        let mut log = open(dir.path()).await;
+        append(&mut log, (1..=200).map(|index| entry(1, index)).collect()).await;
+    }
+    let mut log = open(dir.path()).await;
+    append(&mut log, (201..=210).map(|index| entry(2, index)).collect()).await;
+    for (first, end) in [(5, 20), (1, 201), (150, 205), (201, 211), (0, 211)] {
+        let entries = log.limited_get_log_entries(first, end).await.expect("readable");
+        let found: Vec<u64> = entries.iter().map(|entry| entry.log_id.index).collect();
+        assert_eq!(found, (first.max(1)..end).collect::<Vec<_>>());
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

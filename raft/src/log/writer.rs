@@ -235,7 +235,7 @@ impl Writer {
             Op::Get { group, key, reply } => drop(reply.send(self.engine.get(group, key))),
             Op::Span { group, reply } => {
                 let span = self.engine.first_index(group).zip(self.engine.last_index(group));
-                drop(reply.send(span));
+                _ = reply.send(span);
             }
             Op::Groups { reply } => drop(reply.send(self.engine.raft_groups())),
         }

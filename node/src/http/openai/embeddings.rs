@@ -49,7 +49,8 @@ pub(super) async fn create(State(app): State<App>, body: Bytes) -> Result<Json<V
     let work = &app.running()?.work;
     let config = work.embedders().config(Some(&request.model))?;
     if request.dimensions.is_some_and(|dimensions| dimensions != config.dimension) {
-        let message = format!("model `{}` has {} dimensions and cannot be shortened", config.model, config.dimension);
+        let message =
+            format!("model `{}` has {} dimensions and cannot be shortened", config.model, config.dimension);
         return Err(Error::invalid("dimensions", message).into());
     }
     let kind = match request.input_type {
@@ -84,7 +85,9 @@ fn inputs(input: &Value) -> Result<Vec<String>, Error> {
             .enumerate()
             .map(|(at, item)| {
                 let text = item.as_str().map(str::to_owned);
-                text.ok_or_else(|| Error::invalid(format!("input[{at}]"), "expected a string; token ids are not taken"))
+                text.ok_or_else(|| {
+                    Error::invalid(format!("input[{at}]"), "expected a string; token ids are not taken")
+                })
             })
             .collect::<Result<_, Error>>()?,
         _ => return Err(Error::invalid("input", "expected a string or an array of strings")),
@@ -103,7 +106,10 @@ pub(super) async fn list_models(State(app): State<App>) -> Result<Json<Value>, O
     Ok(Json(json!({"object": "list", "data": models})))
 }
 
-pub(super) async fn get_model(State(app): State<App>, Path(name): Path<String>) -> Result<Json<Value>, OpenAiError> {
+pub(super) async fn get_model(
+    State(app): State<App>,
+    Path(name): Path<String>,
+) -> Result<Json<Value>, OpenAiError> {
     Ok(Json(model(&app.running()?.work.embedders().config(Some(&name))?)))
 }
 

@@ -19,8 +19,16 @@ use crate::http::context::{Context, position_header};
 use crate::http::error::OpenAiError;
 use crate::http::points::{Found, ask_all};
 
-const PURPOSES: [&str; 8] =
-    ["assistants", "assistants_output", "batch", "batch_output", "fine-tune", "fine-tune-results", "vision", "user_data"];
+const PURPOSES: [&str; 8] = [
+    "assistants",
+    "assistants_output",
+    "batch",
+    "batch_output",
+    "fine-tune",
+    "fine-tune-results",
+    "vision",
+    "user_data",
+];
 /// The longest file name, in bytes.
 const MAX_FILENAME_BYTES: usize = 512;
 /// The most fields of a form.
@@ -61,7 +69,8 @@ pub(super) fn file_id(text: &str) -> Result<DocumentId, Error> {
 pub(super) async fn find(cluster: &Cluster, id: DocumentId, context: &Context) -> Result<FileRecord, Error> {
     let missing = || Error::not_found(format!("no such file: {id}"));
     let found = Found::find(cluster, FILES_COLLECTION).map_err(|_| missing())?;
-    let (answer, _) = cluster.read_hedged(shard_of(&found, id), Read::GetFile(id), &context.read_options()).await?;
+    let (answer, _) =
+        cluster.read_hedged(shard_of(&found, id), Read::GetFile(id), &context.read_options()).await?;
     match answer {
         Answer::Files(files) => files.into_iter().next().ok_or_else(missing),
         _ => Err(Error::internal("a shard did not answer with files")),
@@ -95,7 +104,8 @@ pub(super) async fn create(
     let created_at = shoal_actors::cluster::unix_now();
     let record = FileRecord { id, filename: form.filename, blob, bytes, purpose: form.purpose, created_at };
     let request_id = Some(context.part_id("record"));
-    let (_, index) = cluster.write(shard, request_id, Command::PutFile(record.clone()), context.deadline).await?;
+    let (_, index) =
+        cluster.write(shard, request_id, Command::PutFile(record.clone()), context.deadline).await?;
     metrics::counter!("document_operations_total", "operation" => "upload", "status" => "ok").increment(1);
     let mut position = context.position.clone();
     position.advance(shard.into(), index);
@@ -131,10 +141,15 @@ async fn read_form(mut multipart: Multipart, blobs: &blobs::BlobStore, most: u64
     Ok(Form { upload, filename, purpose, id })
 }
 
-async fn read_file(mut field: Field<'_>, blobs: &blobs::BlobStore, most: u64) -> Result<(Upload, String), Error> {
+async fn read_file(
+    mut field: Field<'_>,
+    blobs: &blobs::BlobStore,
+    most: u64,
+) -> Result<(Upload, String), Error> {
     let given = field.file_name().unwrap_or_default();
     // Only the last part of a path, and nothing that could break a line of a log.
-    let name: String = given.rsplit(['/', '\\']).next().unwrap_or_default().chars().filter(|c| !c.is_control()).collect();
+    let name: String =
+        given.rsplit(['/', '\\']).next().unwrap_or_default().chars().filter(|c| !c.is_control()).collect();
     if name.is_empty() || name.len() > MAX_FILENAME_BYTES {
         return Err(Error::invalid("file", format!("needs a file name of 1 to {MAX_FILENAME_BYTES} bytes")));
     }
@@ -180,7 +195,9 @@ pub(super) async fn list(
     if let Ok(found) = Found::find(cluster, FILES_COLLECTION) {
         for answer in ask_all(cluster, &found, &Read::ListFiles, &context).await?.answers {
             if let Answer::Files(files) = answer {
-                let wanted = files.into_iter().filter(|file| query.purpose.as_ref().is_none_or(|purpose| *purpose == file.purpose));
+                let wanted = files
+                    .into_iter()
+                    .filter(|file| query.purpose.as_ref().is_none_or(|purpose| *purpose == file.purpose));
                 items.extend(wanted.map(|file| (file.created_at, file.id.to_string(), shape(&file))));
             }
         }
@@ -227,7 +244,9 @@ pub(super) async fn delete(
         cluster.write(shard, request_id, Command::DeleteDocument(id), context.deadline).await?;
     }
     let shard = shard_of(&found, id);
-    let (outcome, _) = cluster.write(shard, Some(context.part_id("record")), Command::DeleteFile(id), context.deadline).await?;
+    let (outcome, _) = cluster
+        .write(shard, Some(context.part_id("record")), Command::DeleteFile(id), context.deadline)
+        .await?;
     let deleted = outcome != Outcome::Absent;
     Ok(Json(json!({"id": record.id.to_string(), "object": "file", "deleted": deleted})))
 }

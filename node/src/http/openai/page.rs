@@ -25,7 +25,12 @@ pub struct PageQuery {
 ///
 /// # Errors
 /// Invalid argument that names the parameter.
-pub fn page(mut items: Vec<(u64, String, Value)>, query: &PageQuery, most: u64, default: u64) -> Result<Value, Error> {
+pub fn page(
+    mut items: Vec<(u64, String, Value)>,
+    query: &PageQuery,
+    most: u64,
+    default: u64,
+) -> Result<Value, Error> {
     let limit = query.limit.unwrap_or(default);
     if !(1..=most).contains(&limit) {
         return Err(Error::invalid("limit", format!("{limit} is not between 1 and {most}")));
@@ -37,7 +42,10 @@ pub fn page(mut items: Vec<(u64, String, Value)>, query: &PageQuery, most: u64, 
         Some(_) => return Err(Error::invalid("order", "expected asc or desc")),
     }
     let place = |id: &String, field: &str| {
-        items.iter().position(|(_, known, _)| known == id).ok_or_else(|| Error::invalid(field, format!("{id} is not in the list")))
+        items
+            .iter()
+            .position(|(_, known, _)| known == id)
+            .ok_or_else(|| Error::invalid(field, format!("{id} is not in the list")))
     };
     let start = query.after.as_ref().map(|id| place(id, "after")).transpose()?.map_or(0, |at| at + 1);
     let end = query.before.as_ref().map(|id| place(id, "before")).transpose()?.unwrap_or(items.len());
@@ -59,12 +67,20 @@ mod tests {
 
     #[test]
     fn pages_follow_each_other_without_gap() {
-        let items = || (0..7u64).map(|n| (n / 2, format!("id{n}"), json!({"id": format!("id{n}")}))).collect::<Vec<_>>();
+        let items = || {
+            (0..7u64).map(|n| (n / 2, format!("id{n}"), json!({"id": format!("id{n}")}))).collect::<Vec<_>>()
+        };
         let mut query = PageQuery { limit: Some(3), order: Some("asc".into()), ..PageQuery::default() };
         let mut seen = Vec::new();
         loop {
             let page = page(items(), &query, 100, 20).expect("a page");
-            seen.extend(page["data"].as_array().expect("data").iter().map(|item| item["id"].as_str().expect("id").to_owned()));
+            seen.extend(
+                page["data"]
+                    .as_array()
+                    .expect("data")
+                    .iter()
+                    .map(|item| item["id"].as_str().expect("id").to_owned()),
+            );
             query.after = page["last_id"].as_str().map(str::to_owned);
             if page["has_more"] == json!(false) {
                 break;
@@ -72,6 +88,8 @@ mod tests {
         }
         assert_eq!(seen, (0..7).map(|n| format!("id{n}")).collect::<Vec<_>>());
         assert!(page(items(), &PageQuery { limit: Some(0), ..PageQuery::default() }, 100, 20).is_err());
-        assert!(page(items(), &PageQuery { after: Some("no".into()), ..PageQuery::default() }, 100, 20).is_err());
+        assert!(
+            page(items(), &PageQuery { after: Some("no".into()), ..PageQuery::default() }, 100, 20).is_err()
+        );
     }
 }

@@ -40,7 +40,8 @@ pub(super) async fn create(
 ) -> Result<Response, OpenAiError> {
     let request: CreateStoreFile = read_json(&body)?;
     let found = stores::find(&app, &store)?;
-    let chunker = chunker(request.chunking_strategy.as_ref())?.unwrap_or_else(|| stores::store_chunker(&found.config));
+    let chunker =
+        chunker(request.chunking_strategy.as_ref())?.unwrap_or_else(|| stores::store_chunker(&found.config));
     let (document, position) =
         attach(&app, &found, &request.file_id, request.attributes, chunker, &context).await?;
     Ok((position_header(&position), Json(shape(&document, &store))).into_response())
@@ -90,7 +91,10 @@ fn checked_attributes(attributes: Option<Map<String, Value>>) -> Result<String, 
     for (key, value) in &attributes {
         let field = format!("attributes.{key}");
         if key.is_empty() || key.len() > MAX_KEY_BYTES || stores::is_own_key(key) {
-            return Err(Error::invalid(field, format!("a key has 1 to {MAX_KEY_BYTES} bytes and is not one of Shoal's own")));
+            return Err(Error::invalid(
+                field,
+                format!("a key has 1 to {MAX_KEY_BYTES} bytes and is not one of Shoal's own"),
+            ));
         }
         let good = match value {
             Value::String(text) => text.chars().count() <= MAX_VALUE_CHARS,
@@ -98,7 +102,10 @@ fn checked_attributes(attributes: Option<Map<String, Value>>) -> Result<String, 
             _ => false,
         };
         if !good {
-            return Err(Error::invalid(field, format!("expected a number, a boolean, or a string of at most {MAX_VALUE_CHARS} characters")));
+            return Err(Error::invalid(
+                field,
+                format!("expected a number, a boolean, or a string of at most {MAX_VALUE_CHARS} characters"),
+            ));
         }
     }
     Ok(Value::Object(attributes).to_string())
@@ -171,10 +178,16 @@ pub(super) fn shape(document: &Document, store: &str) -> Value {
     })
 }
 
-async fn find(app: &App, found: &Found, id: DocumentId, context: &Context) -> Result<(Document, Position), Error> {
+async fn find(
+    app: &App,
+    found: &Found,
+    id: DocumentId,
+    context: &Context,
+) -> Result<(Document, Position), Error> {
     let shard = shard_of(found, id);
     let cluster = &app.running()?.cluster;
-    let (answer, applied) = cluster.read_hedged(shard, Read::GetDocument(id), &context.read_options()).await?;
+    let (answer, applied) =
+        cluster.read_hedged(shard, Read::GetDocument(id), &context.read_options()).await?;
     let mut position = context.position.clone();
     position.advance(shard.into(), applied);
     match answer {
@@ -210,13 +223,21 @@ pub(super) async fn list(
         Some("completed") => Some(DocumentState::Completed),
         Some("failed") => Some(DocumentState::Failed),
         Some("cancelled") => Some(DocumentState::Cancelled),
-        Some(_) => return Err(Error::invalid("filter", "expected in_progress, completed, failed or cancelled").into()),
+        Some(_) => {
+            return Err(
+                Error::invalid("filter", "expected in_progress, completed, failed or cancelled").into()
+            );
+        }
     };
     let gathered = ask_all(&app.running()?.cluster, &found, &Read::ListDocuments(state), &context).await?;
     let mut items = Vec::new();
     for answer in gathered.answers {
         if let Answer::Documents(documents) = answer {
-            items.extend(documents.iter().map(|document| (document.created_at, document.id.to_string(), shape(document, &store))));
+            items.extend(
+                documents
+                    .iter()
+                    .map(|document| (document.created_at, document.id.to_string(), shape(document, &store))),
+            );
         }
     }
     Ok(Json(page(items, &query, 100, 20)?))
@@ -240,7 +261,8 @@ pub(super) async fn update(
     let attributes = checked_attributes(request.attributes)?;
     let command = Command::SetAttributes { id, attributes };
     let cluster = &app.running()?.cluster;
-    let (outcome, _) = cluster.write(shard_of(&found, id), Some(context.request_id), command, context.deadline).await?;
+    let (outcome, _) =
+        cluster.write(shard_of(&found, id), Some(context.request_id), command, context.deadline).await?;
     Ok(Json(shape(&document(outcome)?, &store)))
 }
 
@@ -252,8 +274,9 @@ pub(super) async fn delete(
     let found = stores::find(&app, &store)?;
     let id = files::file_id(&file)?;
     let cluster = &app.running()?.cluster;
-    let (outcome, _) =
-        cluster.write(shard_of(&found, id), Some(context.request_id), Command::DeleteDocument(id), context.deadline).await?;
+    let (outcome, _) = cluster
+        .write(shard_of(&found, id), Some(context.request_id), Command::DeleteDocument(id), context.deadline)
+        .await?;
     document(outcome)?;
     Ok(Json(json!({"id": file, "object": "vector_store.file.deleted", "deleted": true})))
 }
@@ -267,8 +290,11 @@ pub(super) async fn content(
     let id = files::file_id(&file)?;
     find(&app, &found, id, &context).await?;
     let cluster = &app.running()?.cluster;
-    let (answer, _) = cluster.read_hedged(shard_of(&found, id), Read::GetChunks(id), &context.read_options()).await?;
-    let Answer::Chunks(payloads) = answer else { return Err(Error::internal("a shard did not answer with chunks").into()) };
+    let (answer, _) =
+        cluster.read_hedged(shard_of(&found, id), Read::GetChunks(id), &context.read_options()).await?;
+    let Answer::Chunks(payloads) = answer else {
+        return Err(Error::internal("a shard did not answer with chunks").into());
+    };
     // A heading stands before the first chunk under it, as it does in the file.
     let mut heading = Value::Null;
     let mut data = Vec::with_capacity(payloads.len());
@@ -282,5 +308,7 @@ pub(super) async fn content(
         heading = payload["heading"].clone();
         data.push(json!({"type": "text", "text": text}));
     }
-    Ok(Json(json!({"object": "vector_store.file_content.page", "data": data, "has_more": false, "next_page": null})))
+    Ok(Json(
+        json!({"object": "vector_store.file_content.page", "data": data, "has_more": false, "next_page": null}),
+    ))
 }

@@ -79,7 +79,11 @@ pub(super) fn find(app: &App, store: &str) -> Result<Found, Error> {
     }
 }
 
-pub(super) async fn create(State(app): State<App>, context: Context, body: Bytes) -> Result<Response, OpenAiError> {
+pub(super) async fn create(
+    State(app): State<App>,
+    context: Context,
+    body: Bytes,
+) -> Result<Response, OpenAiError> {
     let request: CreateStore = if body.is_empty() { CreateStore::default() } else { read_json(&body)? };
     let running = app.running()?;
     let embedder = running.work.embedders().config(request.embedding_model.as_deref())?;
@@ -221,10 +225,14 @@ pub(super) async fn update(
     }
     let attributes_json = json!(kept).to_string();
     let cluster = &app.running()?.cluster;
-    let command = Command::SetAttributes { name: found.name.clone(), attributes_json: attributes_json.clone() };
+    let command =
+        Command::SetAttributes { name: found.name.clone(), attributes_json: attributes_json.clone() };
     cluster.control(command, context.deadline).await?;
     let is_there = |state: &std::sync::Arc<shoal_raft::cluster::ClusterState>| {
-        state.collections.get(&found.name).is_none_or(|collection| collection.config.attributes_json == attributes_json)
+        state
+            .collections
+            .get(&found.name)
+            .is_none_or(|collection| collection.config.attributes_json == attributes_json)
     };
     cluster.wait_state(context.deadline, is_there).await?;
     let found = find(&app, &store)?;
@@ -275,13 +283,17 @@ pub(super) async fn search(
     let queries = queries(&request.query)?;
     let limit = request.max_num_results.unwrap_or(10);
     if !(1..=MAX_RESULTS).contains(&limit) {
-        return Err(Error::invalid("max_num_results", format!("{limit} is not between 1 and {MAX_RESULTS}")).into());
+        return Err(
+            Error::invalid("max_num_results", format!("{limit} is not between 1 and {MAX_RESULTS}")).into()
+        );
     }
-    let filter = request.filters.as_ref().filter(|filter| !filter.is_null()).map(filters::translate).transpose()?;
+    let filter =
+        request.filters.as_ref().filter(|filter| !filter.is_null()).map(filters::translate).transpose()?;
     let ranking = request.ranking_options.unwrap_or_default();
     let is_hybrid = ranking.ranker.as_deref() != Some("none");
     let running = app.running()?;
-    let embedder = found.config.embedder.as_ref().ok_or_else(|| Error::internal("a store has an embedder"))?;
+    let embedder =
+        found.config.embedder.as_ref().ok_or_else(|| Error::internal("a store has an embedder"))?;
     running.work.embedders().check(embedder)?;
     let vectors = running.work.embed(&embedder.model, TextKind::Query, &queries).await?;
     let mut legs: Vec<Leg> = vectors
@@ -302,7 +314,8 @@ pub(super) async fn search(
     };
     let options = context.read_options();
     let (lists, shards, position) =
-        search::search(&running.cluster, &found.shards, wanted, &higher, &options, context.allow_partial).await?;
+        search::search(&running.cluster, &found.shards, wanted, &higher, &options, context.allow_partial)
+            .await?;
     let count = lists.len();
     let best = if count == 1 { 1.0 } else { count as f32 / (RRF_K + 1.0) };
     let mut hits = match count {
@@ -327,7 +340,8 @@ fn queries(query: &Value) -> Result<Vec<String>, Error> {
         Value::Array(items) => items.iter().map(|item| item.as_str().map(str::to_owned)).collect(),
         _ => None,
     };
-    let queries = queries.ok_or_else(|| Error::invalid("query", "expected a string or an array of strings"))?;
+    let queries =
+        queries.ok_or_else(|| Error::invalid("query", "expected a string or an array of strings"))?;
     if queries.is_empty() || queries.len() > 8 || queries.iter().any(|query| query.trim().is_empty()) {
         return Err(Error::invalid("query", "expected 1 to 8 queries, none of them empty"));
     }
@@ -335,7 +349,8 @@ fn queries(query: &Value) -> Result<Vec<String>, Error> {
 }
 
 /// The payload keys that are Shoal's own and no attributes.
-const OWN_KEYS: [&str; 7] = ["text", "document_id", "filename", "chunk_index", "page", "heading", "char_range"];
+const OWN_KEYS: [&str; 7] =
+    ["text", "document_id", "filename", "chunk_index", "page", "heading", "char_range"];
 
 fn result(hit: Hit) -> Value {
     let mut payload: Map<String, Value> =

@@ -149,7 +149,8 @@ fn schema(request: CreateCollection) -> Result<CollectionConfig, Error> {
     }
     let hnsw = request.hnsw_config.unwrap_or_default();
     let quantization = request.quantization_config.as_ref();
-    let mut config = CollectionConfig { text_fields: request.text_fields.unwrap_or_default(), ..Default::default() };
+    let mut config =
+        CollectionConfig { text_fields: request.text_fields.unwrap_or_default(), ..Default::default() };
     if let Some(metadata) = request.metadata.filter(|value| !value.is_null()) {
         config.attributes_json = metadata.to_string();
     }
@@ -193,7 +194,8 @@ fn vector_params(
             Datatype::Float16 => GraphType::F16,
         };
     }
-    let quantization = shape.quantization_config.as_ref().or(outer_quantization).filter(|value| !value.is_null());
+    let quantization =
+        shape.quantization_config.as_ref().or(outer_quantization).filter(|value| !value.is_null());
     if let Some(quantization) = quantization {
         let is_int8 = quantization.pointer("/scalar/type").and_then(Value::as_str) == Some("int8");
         if !is_int8 || shape.distance != Distance::Cosine {
@@ -208,12 +210,19 @@ fn vector_params(
 pub(super) async fn list(State(app): State<App>) -> Result<Response, QdrantError> {
     let started = Instant::now();
     let state = app.running()?.cluster.state();
-    let names: Vec<Value> =
-        state.collections.keys().filter(|name| !name.starts_with('_')).map(|name| json!({"name": name})).collect();
+    let names: Vec<Value> = state
+        .collections
+        .keys()
+        .filter(|name| !name.starts_with('_'))
+        .map(|name| json!({"name": name}))
+        .collect();
     Ok(envelope(json!({"collections": names}), started, &Position::default()))
 }
 
-pub(super) async fn exists(State(app): State<App>, Path(name): Path<String>) -> Result<Response, QdrantError> {
+pub(super) async fn exists(
+    State(app): State<App>,
+    Path(name): Path<String>,
+) -> Result<Response, QdrantError> {
     let exists = app.running()?.cluster.state().collection(&name).is_ok();
     Ok(envelope(json!({"exists": exists}), Instant::now(), &Position::default()))
 }
@@ -278,7 +287,9 @@ fn vectors_shape(config: &CollectionConfig) -> Value {
     let shape = |params: &VectorParams| json!({"size": params.size, "distance": params.distance});
     match config.vectors.get("") {
         Some(params) => shape(params),
-        None => Value::Object(config.vectors.iter().map(|(name, params)| (name.clone(), shape(params))).collect()),
+        None => {
+            Value::Object(config.vectors.iter().map(|(name, params)| (name.clone(), shape(params))).collect())
+        }
     }
 }
 
@@ -310,13 +321,18 @@ pub(super) async fn create_index(
     body: Bytes,
 ) -> Result<Response, QdrantError> {
     let request: CreateIndex = json(&body)?;
-    let kind = request.field_schema.as_str().or_else(|| request.field_schema.get("type").and_then(Value::as_str));
+    let kind =
+        request.field_schema.as_str().or_else(|| request.field_schema.get("type").and_then(Value::as_str));
     let index = match kind {
         Some("keyword" | "uuid") => FieldType::Keyword,
         Some("integer") => FieldType::Integer,
         Some("float") => FieldType::Float,
         Some("bool") => FieldType::Bool,
-        _ => return Err(Error::invalid("field_schema", "expected keyword, integer, float, bool or uuid").into()),
+        _ => {
+            return Err(
+                Error::invalid("field_schema", "expected keyword, integer, float, bool or uuid").into()
+            );
+        }
     };
     set_index(&app, &name, request.field_name, Some(index), &context).await
 }
@@ -343,9 +359,10 @@ async fn set_index(
     let found = Found::find(cluster, name)?;
     let command = Command::SetPayloadIndex { name: found.name.clone(), field: field.clone(), index };
     cluster.control(command, context.deadline).await?;
-    let parts = found.shards.iter().map(|shard| {
-        (*shard, command::Command::SetPayloadIndex { field: field.clone(), index })
-    });
+    let parts = found
+        .shards
+        .iter()
+        .map(|shard| (*shard, command::Command::SetPayloadIndex { field: field.clone(), index }));
     let (_, position) = write_parts(cluster, parts.collect(), context).await?;
     Ok(envelope(json!({"operation_id": 0, "status": "completed"}), started, &position))
 }
@@ -366,11 +383,13 @@ struct ChangeAliases {
 }
 
 #[derive(Deserialize)]
-#[serde(rename_all = "snake_case")]
 enum AliasAction {
-    CreateAlias { collection_name: String, alias_name: String },
-    DeleteAlias { alias_name: String },
-    RenameAlias { old_alias_name: String, new_alias_name: String },
+    #[serde(rename = "create_alias")]
+    Create { collection_name: String, alias_name: String },
+    #[serde(rename = "delete_alias")]
+    Delete { alias_name: String },
+    #[serde(rename = "rename_alias")]
+    Rename { old_alias_name: String, new_alias_name: String },
 }
 
 pub(super) async fn change_aliases(
@@ -383,13 +402,16 @@ pub(super) async fn change_aliases(
     let cluster = &app.running()?.cluster;
     for action in request.actions {
         let commands = match action {
-            AliasAction::CreateAlias { collection_name, alias_name } => {
+            AliasAction::Create { collection_name, alias_name } => {
                 vec![Command::SetAlias { alias: alias_name, collection: Some(collection_name) }]
             }
-            AliasAction::DeleteAlias { alias_name } => vec![Command::SetAlias { alias: alias_name, collection: None }],
-            AliasAction::RenameAlias { old_alias_name, new_alias_name } => {
+            AliasAction::Delete { alias_name } => {
+                vec![Command::SetAlias { alias: alias_name, collection: None }]
+            }
+            AliasAction::Rename { old_alias_name, new_alias_name } => {
                 let target = cluster.state().aliases.get(&old_alias_name).cloned();
-                let target = target.ok_or_else(|| Error::not_found(format!("alias `{old_alias_name}` doesn't exist")))?;
+                let target = target
+                    .ok_or_else(|| Error::not_found(format!("alias `{old_alias_name}` doesn't exist")))?;
                 vec![
                     Command::SetAlias { alias: new_alias_name, collection: Some(target) },
                     Command::SetAlias { alias: old_alias_name, collection: None },

@@ -29,7 +29,10 @@ pub fn routes() -> Router<App> {
         .route("/collections/{collection}/points", put(points::upsert).post(points::retrieve))
         .route("/collections/{collection}/points/{id}", get(points::retrieve_one))
         .route("/collections/{collection}/points/delete", post(points::delete))
-        .route("/collections/{collection}/points/payload", post(points::set_payload).put(points::overwrite_payload))
+        .route(
+            "/collections/{collection}/points/payload",
+            post(points::set_payload).put(points::overwrite_payload),
+        )
         .route("/collections/{collection}/points/payload/delete", post(points::delete_payload))
         .route("/collections/{collection}/points/payload/clear", post(points::clear_payload))
         .route("/collections/{collection}/points/scroll", post(points::scroll))

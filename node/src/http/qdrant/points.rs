@@ -53,7 +53,9 @@ pub(super) async fn upsert(
 ) -> Result<Response, QdrantError> {
     let started = Instant::now();
     let request: Upsert = json(&body)?;
-    if request.shard_key.is_some_and(|key| !key.is_null()) || request.update_filter.is_some_and(|f| !f.is_null()) {
+    if request.shard_key.is_some_and(|key| !key.is_null())
+        || request.update_filter.is_some_and(|f| !f.is_null())
+    {
         return Err(Error::invalid("shard_key", "shard_key and update_filter are not supported").into());
     }
     let given = match (request.points, request.batch) {
@@ -83,7 +85,14 @@ fn unbatch(batch: Batch) -> Result<Vec<PointShape>, Error> {
     let columns: Vec<Value> = match batch.vectors {
         Value::Array(rows) => rows,
         Value::Object(named) => (0..count)
-            .map(|row| Value::Object(named.iter().filter_map(|(name, rows)| Some((name.clone(), rows.get(row)?.clone()))).collect()))
+            .map(|row| {
+                Value::Object(
+                    named
+                        .iter()
+                        .filter_map(|(name, rows)| Some((name.clone(), rows.get(row)?.clone())))
+                        .collect(),
+                )
+            })
             .collect(),
         _ => return Err(Error::invalid("batch.vectors", "expected an array, or arrays by name")),
     };
@@ -154,7 +163,12 @@ async fn get(
     let reads = found.by_shard(ids).into_iter().map(|(shard, ids)| {
         let question = Read::Get { ids, payload: payload.clone(), vectors: vectors.clone() };
         let options = &options;
-        async move { cluster.read_hedged(shard, question, options).await.map(|(answer, applied)| (shard, answer, applied)) }
+        async move {
+            cluster
+                .read_hedged(shard, question, options)
+                .await
+                .map(|(answer, applied)| (shard, answer, applied))
+        }
     });
     let (mut hits, mut position) = (Vec::new(), Position::default());
     for (shard, answer, applied) in try_join_all(reads).await? {
@@ -164,7 +178,8 @@ async fn get(
         }
     }
     // In the order that was asked for.
-    let order: std::collections::HashMap<PointId, usize> = ids.iter().enumerate().map(|(at, id)| (*id, at)).collect();
+    let order: std::collections::HashMap<PointId, usize> =
+        ids.iter().enumerate().map(|(at, id)| (*id, at)).collect();
     hits.sort_by_key(|hit| order.get(&hit.id).copied());
     Ok((hits, position))
 }
@@ -242,7 +257,12 @@ async fn write_payload(
     }
     let target = shapes::target(request.points, request.filter.as_ref())?;
     let payload = Value::Object(request.payload).to_string();
-    change(&app, &name, target, &context, |target| Command::SetPayload { target, payload: payload.clone(), mode }).await
+    change(&app, &name, target, &context, |target| Command::SetPayload {
+        target,
+        payload: payload.clone(),
+        mode,
+    })
+    .await
 }
 
 #[derive(Deserialize)]
@@ -264,7 +284,11 @@ pub(super) async fn delete_payload(
     let request: DeletePayload = json(&body)?;
     let target = shapes::target(request.points, request.filter.as_ref())?;
     let keys = request.keys;
-    change(&app, &name, target, &context, |target| Command::DeletePayload { target, keys: Some(keys.clone()) }).await
+    change(&app, &name, target, &context, |target| Command::DeletePayload {
+        target,
+        keys: Some(keys.clone()),
+    })
+    .await
 }
 
 async fn change(
@@ -303,7 +327,9 @@ pub(super) async fn scroll(
     let started = Instant::now();
     let request: Scroll = json(&body)?;
     if request.order_by.is_some_and(|order| !order.is_null()) {
-        return Err(Error::invalid("order_by", "is not supported; points come in the order of their ids").into());
+        return Err(
+            Error::invalid("order_by", "is not supported; points come in the order of their ids").into()
+        );
     }
     let limit = shapes::limit(request.limit, "limit", 10)?;
     let question = Read::Scroll {

@@ -195,7 +195,9 @@ async fn run(app: &App, name: &str, request: Query, context: &Context) -> Result
         (true, None) => plan.single(&request, wanted).await?,
         (false, Some(())) => plan.fused(&prefetches, request.filter.as_ref(), wanted).await?,
         (true, Some(())) => return Err(Error::invalid("prefetch", "a fusion needs lists to fuse")),
-        (false, None) => return Err(Error::invalid("query", "prefetch is supported with a fusion (rrf) only")),
+        (false, None) => {
+            return Err(Error::invalid("query", "prefetch is supported with a fusion (rrf) only"));
+        }
     };
     if let (Some(threshold), false) = (request.score_threshold, prefetches.is_empty()) {
         answer.hits.retain(|hit| hit.score >= threshold);
@@ -226,7 +228,9 @@ fn fusion(query: Option<&Value>) -> Result<Option<()>, Error> {
     let Some(query) = query.and_then(Value::as_object) else { return Ok(None) };
     match (query.get("fusion").and_then(Value::as_str), query.contains_key("rrf")) {
         (Some("rrf"), _) | (None, true) => Ok(Some(())),
-        (Some(other), _) => Err(Error::invalid("query.fusion", format!("{other:?} is not supported; rrf is"))),
+        (Some(other), _) => {
+            Err(Error::invalid("query.fusion", format!("{other:?} is not supported; rrf is")))
+        }
         (None, false) => Ok(None),
     }
 }
@@ -247,9 +251,13 @@ impl Plan<'_> {
         };
         let (leg, higher) = self.leg(query, request, "query").await?;
         let score_threshold = request.score_threshold;
-        self.legs(vec![leg], &[higher], filter, wanted, score_threshold).await.map(|(mut lists, shards, position)| {
-            Found2 { hits: lists.pop().unwrap_or_default(), shards, position }
-        })
+        self.legs(vec![leg], &[higher], filter, wanted, score_threshold).await.map(
+            |(mut lists, shards, position)| Found2 {
+                hits: lists.pop().unwrap_or_default(),
+                shards,
+                position,
+            },
+        )
     }
 
     /// Without a query, points come in the order of their ids.
@@ -267,12 +275,20 @@ impl Plan<'_> {
         Ok(Found2 { hits, shards: gathered.shards, position: gathered.position })
     }
 
-    async fn fused(&self, prefetches: &[Query], outer: Option<&Value>, wanted: usize) -> Result<Found2, Error> {
+    async fn fused(
+        &self,
+        prefetches: &[Query],
+        outer: Option<&Value>,
+        wanted: usize,
+    ) -> Result<Found2, Error> {
         let outer = shapes::filter(outer, "filter")?;
         let (mut lists, mut position, mut shards) = (Vec::new(), Position::default(), ShardCounts::default());
         for (at, prefetch) in prefetches.iter().enumerate() {
             let field = format!("prefetch[{at}]");
-            let query = prefetch.query.as_ref().ok_or_else(|| Error::invalid(format!("{field}.query"), "is missing"))?;
+            let query = prefetch
+                .query
+                .as_ref()
+                .ok_or_else(|| Error::invalid(format!("{field}.query"), "is missing"))?;
             let limit = shapes::limit(prefetch.limit, &format!("{field}.limit"), 10)?;
             let inner = shapes::filter(prefetch.filter.as_ref(), &format!("{field}.filter"))?;
             let filter = match (&outer, inner) {
@@ -280,7 +296,8 @@ impl Plan<'_> {
                 (outer, inner) => inner.or_else(|| outer.clone()),
             };
             let (leg, higher) = self.leg(query, prefetch, &format!("{field}.query")).await?;
-            let (found, counts, reached) = self.legs(vec![leg], &[higher], filter, limit, prefetch.score_threshold).await?;
+            let (found, counts, reached) =
+                self.legs(vec![leg], &[higher], filter, limit, prefetch.score_threshold).await?;
             lists.extend(found);
             position.merge(&reached);
             shards = counts;
@@ -299,7 +316,15 @@ impl Plan<'_> {
         let (payload, vectors) = (self.payload.clone(), self.vectors.clone());
         let request = Search { legs, filter, limit, score_threshold, payload, vectors };
         let options = self.context.read_options();
-        search::search(self.cluster, &self.found.shards, request, higher, &options, self.context.allow_partial).await
+        search::search(
+            self.cluster,
+            &self.found.shards,
+            request,
+            higher,
+            &options,
+            self.context.allow_partial,
+        )
+        .await
     }
 
     /// One list: by a vector, by a point's vector, or by words (`{"text": …}`, an extension).
@@ -315,10 +340,16 @@ impl Plan<'_> {
         let (vector, near) = match query {
             Value::Array(_) => (shapes::vector(query, field)?, None),
             Value::Number(_) | Value::String(_) => {
-                let id: PointId = serde_json::from_value(query.clone()).map_err(|_| Error::invalid(field, "not a point id"))?;
+                let id: PointId = serde_json::from_value(query.clone())
+                    .map_err(|_| Error::invalid(field, "not a point id"))?;
                 (self.vector_of(id, &using).await?, Some(id))
             }
-            _ => return Err(Error::invalid(field, "expected a vector, a point id, {\"nearest\": …}, {\"text\": …} or a fusion")),
+            _ => {
+                return Err(Error::invalid(
+                    field,
+                    "expected a vector, a point id, {\"nearest\": …}, {\"text\": …} or a fusion",
+                ));
+            }
         };
         check_vector(&self.found.config, &using, &vector, field)
             .map_err(|error| Error { message: format!("Wrong input: {}", error.message), ..error })?;
@@ -331,7 +362,10 @@ impl Plan<'_> {
         // other shards do not have it.
         match near.filter(|_| self.found.shards.len() == 1) {
             Some(id) => Ok((Leg::Near { using, id }, higher)),
-            None => Ok((Leg::Dense { using, vector, exact: given.exact.unwrap_or(false), ef: given.hnsw_ef }, higher)),
+            None => Ok((
+                Leg::Dense { using, vector, exact: given.exact.unwrap_or(false), ef: given.hnsw_ef },
+                higher,
+            )),
         }
     }
 
@@ -346,6 +380,8 @@ impl Plan<'_> {
         };
         let hit = hit.ok_or_else(|| Error::not_found(format!("Not found: No point with id {id} found")))?;
         let vector = hit.vectors.and_then(|vectors| vectors.into_iter().next());
-        vector.map(|(_, vector)| vector).ok_or_else(|| Error::invalid("using", format!("point {id} has no such vector")))
+        vector
+            .map(|(_, vector)| vector)
+            .ok_or_else(|| Error::invalid("using", format!("point {id} has no such vector")))
     }
 }

@@ -28,7 +28,8 @@ pub fn envelope(result: impl Serialize, started: Instant, position: &Position) -
 /// Invalid argument that names the field.
 pub fn select(value: Option<&Value>, field: &str, default: Select) -> Result<Select, Error> {
     let names = |value: &Value, field: &str| -> Result<Vec<String>, Error> {
-        serde_json::from_value(value.clone()).map_err(|_| Error::invalid(field, "expected an array of strings"))
+        serde_json::from_value(value.clone())
+            .map_err(|_| Error::invalid(field, "expected an array of strings"))
     };
     match value {
         None | Some(Value::Null) => Ok(default),
@@ -67,7 +68,9 @@ pub fn filter(value: Option<&Value>, field: &str) -> Result<Option<String>, Erro
 /// Invalid argument.
 pub fn target(points: Option<Vec<PointId>>, by: Option<&Value>) -> Result<Target, Error> {
     match (points, filter(by, "filter")?) {
-        (Some(ids), None) if ids.len() > MAX_IDS => Err(Error::invalid("points", format!("at most {MAX_IDS} ids"))),
+        (Some(ids), None) if ids.len() > MAX_IDS => {
+            Err(Error::invalid("points", format!("at most {MAX_IDS} ids")))
+        }
         (Some(ids), None) => Ok(Target::Ids(ids)),
         (None, Some(filter)) => Ok(Target::Filter(filter)),
         _ => Err(Error::invalid("points", "exactly one of points and filter is needed")),
