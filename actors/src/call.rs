@@ -30,6 +30,8 @@ pub(crate) enum Call {
         group: GroupId,
         /// The command.
         command: Bytes,
+        /// Whether it takes more disk space: refused where the disk's reserve is reached.
+        grows: bool,
         /// How long the caller waits, in milliseconds.
         timeout_ms: u64,
     },

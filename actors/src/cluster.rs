@@ -152,7 +152,8 @@ impl Cluster {
         command: cluster::Command,
         deadline: Instant,
     ) -> Result<cluster::Response, Error> {
-        let bytes = self.propose(GroupId::CONTROL, codec::encode(&command).into(), true, deadline).await?.1;
+        let bytes =
+            self.propose(GroupId::CONTROL, codec::encode(&command).into(), (true, false), deadline).await?.1;
         match codec::decode(&bytes)? {
             cluster::Response::Rejected(error) => Err(error),
             response => Ok(response),
@@ -189,13 +190,14 @@ impl Cluster {
         command: Command,
         deadline: Instant,
     ) -> Result<(Outcome, u64), Error> {
-        if !self.is_writable() && grows(&command) {
-            let message = "the disk's reserve is reached on this node; delete something or add space";
-            return Err(Error::new(ErrorCode::DiskFull, message));
+        let grows = grows(&command);
+        if grows && !self.is_writable() {
+            return Err(disk_full());
         }
         let envelope = Envelope { request_id, now: unix_now(), command };
         let bytes: Bytes = codec::encode(&envelope).into();
-        let (index, outcome) = self.propose(shard.into(), bytes, request_id.is_some(), deadline).await?;
+        let (index, outcome) =
+            self.propose(shard.into(), bytes, (request_id.is_some(), grows), deadline).await?;
         match codec::decode(&outcome)? {
             Outcome::Rejected(error) => Err(error),
             outcome => Ok((outcome, index)),
@@ -206,7 +208,7 @@ impl Cluster {
         &self,
         group: GroupId,
         command: Bytes,
-        is_idempotent: bool,
+        (is_idempotent, grows): (bool, bool),
         deadline: Instant,
     ) -> Result<(u64, Bytes), Error> {
         let busy = || Error::new(ErrorCode::Busy, "too much is being written through this node; try again");
@@ -232,7 +234,8 @@ impl Cluster {
                 },
             };
             attempt += 1;
-            let call = Call::Propose { group, command: command.clone(), timeout_ms: left.as_millis() as u64 };
+            let call =
+                Call::Propose { group, command: command.clone(), grows, timeout_ms: left.as_millis() as u64 };
             match self.call(target, call, left).await {
                 Reply::Proposed(index, outcome) => return Ok((index, outcome)),
                 Reply::NotLeader(leader) => {
@@ -291,7 +294,10 @@ impl Cluster {
         };
         // Before the first node is added, the control group is this node alone.
         let alone = (group == GroupId::CONTROL).then(|| self.node());
-        members.get(attempt % members.len().max(1)).copied().or(alone)
+        let others: Vec<NodeId> = members.iter().copied().filter(|node| *node != self.node()).collect();
+        // Every member gets its turn, whichever attempts go to this node itself.
+        let turn = if others.is_empty() { members.first() } else { others.get(attempt / 2 % others.len()) };
+        turn.copied().or(alone)
     }
 
     /// Asks a question of a shard as [`Cluster::read`] does, and a second replica as well when
@@ -415,8 +421,8 @@ impl Cluster {
                 .unwrap_or_else(|error| Reply::Failed(Error::internal(format!("node {target}: {error}")))),
             Ok(Err(status)) => {
                 // A connection that was never made proves that nothing was proposed.
-                let refused =
-                    status.code() == tonic::Code::Unavailable && status.message().contains("connect");
+                let refused = status.code() == tonic::Code::Unavailable
+                    && status.message().contains("tcp connect error");
                 let code = if is_write && !refused { ErrorCode::Unknown } else { ErrorCode::Unavailable };
                 Reply::Failed(Error::new(code, format!("node {target}: {}", status.message())))
             }
@@ -438,7 +444,8 @@ impl Cluster {
 
     async fn try_serve(&self, call: Call) -> Result<Reply, RaftError> {
         match call {
-            Call::Propose { group, command, timeout_ms } => {
+            Call::Propose { grows: true, .. } if !self.is_writable() => Ok(Reply::Failed(disk_full())),
+            Call::Propose { group, command, timeout_ms, .. } => {
                 let timeout = Duration::from_millis(timeout_ms);
                 let (index, outcome) = self.inner.groups.get(group)?.propose(command, timeout).await?;
                 Ok(Reply::Proposed(index, outcome))
@@ -550,6 +557,10 @@ fn grows(command: &Command) -> bool {
             | Command::DeleteDocument(_)
             | Command::EndDocument { .. }
     )
+}
+
+fn disk_full() -> Error {
+    Error::new(ErrorCode::DiskFull, "the disk's reserve is reached on a node; delete something or add space")
 }
 
 fn left(deadline: Instant) -> Option<Duration> {

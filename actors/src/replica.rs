@@ -42,7 +42,7 @@ impl StateMachine for Replica {
     }
 
     fn checkpoint(&self) -> io::Result<Option<Vec<u8>>> {
-        guarded(|| self.0.checkpoint())
+        fatal_on_io(guarded(|| self.0.checkpoint()))
     }
 
     fn export(&self) -> io::Result<Exported> {
@@ -51,8 +51,24 @@ impl StateMachine for Replica {
     }
 
     fn install(&self, tag: Vec<u8>, file: &Path) -> io::Result<()> {
-        guarded(|| self.0.install(&tag, file))
+        fatal_on_io(guarded(|| self.0.install(&tag, file)))
     }
+}
+
+/// A failed fsync is not tried again: the kernel may have dropped the pages, and a second one
+/// that "succeeds" proves nothing. The process ends before anything is purged on its word.
+fn fatal_on_io<T>(result: io::Result<T>) -> io::Result<T> {
+    let is_fatal = |error: &&io::Error| {
+        let other = [io::ErrorKind::Other, io::ErrorKind::InvalidData, io::ErrorKind::StorageFull];
+        error.raw_os_error().is_some_and(|_| error.kind() != io::ErrorKind::StorageFull)
+            || !other.contains(&error.kind())
+    };
+    if let Some(error) = result.as_ref().err().filter(is_fatal) {
+        tracing::error!(%error, "a checkpoint could not be made durable: this node stops");
+        eprintln!("shoal: a checkpoint could not be made durable ({error}); stopping");
+        std::process::exit(shoal_raft::log::EXIT_LOG_FAILED);
+    }
+    result
 }
 
 fn guarded<T>(work: impl FnOnce() -> shoal_engine::Result<T>) -> io::Result<T> {

@@ -133,8 +133,8 @@ impl Peer for PeerService {
             if upload.is_none() {
                 let (shard, hash): (ShardId, BlobHash) = codec::decode(&piece.header)
                     .map_err(|error| Status::invalid_argument(format!("blob header: {error}")))?;
-                if blobs.contains(shard, hash) {
-                    return Ok(tonic::Response::new(PutBlobReply { bytes: 0 }));
+                if !self.cluster()?.is_writable() {
+                    return Err(Status::resource_exhausted("the disk's reserve is reached on this node"));
                 }
                 upload = Some((shard, hash, blobs.begin().await.map_err(io_status)?));
             }

@@ -61,7 +61,11 @@ impl State {
                 self.edit(change, id, version, |document| {
                     document.stage = stage;
                     document.total_chunks = total_chunks;
-                    document.attempts += u32::from(new_attempt);
+                    // Attempts count parses: one that came through starts the count anew.
+                    document.attempts = match stage {
+                        Stage::Embedding => 0,
+                        _ => document.attempts + u32::from(new_attempt),
+                    };
                     Ok(())
                 })
             }
@@ -76,7 +80,10 @@ impl State {
                     document.staged_chunks = 0;
                     Ok(())
                 })?;
-                self.drop_staged(change, id)?;
+                // News of an older version must not touch what a newer one has staged.
+                if matches!(outcome, Outcome::Document(_)) {
+                    self.drop_staged(change, id)?;
+                }
                 Ok(outcome)
             }
             Command::SetAttributes { id, attributes } => self.set_attributes(change, id, attributes),
@@ -153,8 +160,10 @@ impl State {
         chunks: u32,
     ) -> Result<Outcome> {
         let before = self.document(id)?;
+        let prefix = keys::staged(id, Some(version), None);
+        let staged: Vec<(Vec<u8>, Vec<u8>)> = self.store.scan(&prefix).collect::<Result<_>>()?;
         let outcome = self.edit(change, id, version, |document| {
-            if document.staged_chunks != chunks {
+            if document.staged_chunks != chunks || staged.len() != chunks as usize {
                 let message = format!("{} of {chunks} chunks are staged", document.staged_chunks);
                 return Err(Error::new(ErrorCode::Conflict, message));
             }
@@ -167,8 +176,6 @@ impl State {
         })?;
         let (Outcome::Document(_), Some(before)) = (&outcome, before) else { return Ok(outcome) };
         self.drop_published(change, &before)?;
-        let prefix = keys::staged(id, Some(version), None);
-        let staged: Vec<(Vec<u8>, Vec<u8>)> = self.store.scan(&prefix).collect::<Result<_>>()?;
         for (key, value) in staged {
             let point: Point = decode(&key, &value)?;
             self.put_point(change, point)?;
@@ -203,6 +210,13 @@ impl State {
         }
         document.attributes = attributes;
         document.updated_at = change.now;
+        if document.state == DocumentState::InProgress {
+            // What is staged carries the old attributes: the work starts over as a new version.
+            self.drop_staged(change, id)?;
+            document.version = change.index;
+            document.staged_chunks = 0;
+            document.stage = Stage::Queued;
+        }
         change.put_document(&document);
         Ok(Outcome::Document(Box::new(document)))
     }

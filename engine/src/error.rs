@@ -46,7 +46,7 @@ impl From<Error> for shoal_proto::Error {
 impl From<Error> for std::io::Error {
     fn from(error: Error) -> Self {
         match error {
-            Error::Io(error) => error,
+            Error::Io(error) | Error::Store(sled::Error::Io(error)) => error,
             other => std::io::Error::other(other),
         }
     }

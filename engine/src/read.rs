@@ -149,7 +149,8 @@ impl State {
         } else {
             // Nothing is dead in the graphs when every slot that they hold is live.
             let (indexed, pending) = index.sizes();
-            let all_live = mask.filter.is_none() && indexed + pending == self.live.len();
+            let has_one_vector = self.config.vectors.len() == 1 && using.is_empty();
+            let all_live = has_one_vector && mask.filter.is_none() && indexed + pending == self.live.len();
             index.search(&query, limit, ef, &|slot| mask.keeps(slot), all_live)?
         };
         let mut scored = Vec::with_capacity(found.len());

@@ -63,6 +63,11 @@ impl Shard {
             Err(error) => return Err(error.into()),
         };
         let state = State::open(&generation_dir(dir, generation), config.clone())?;
+        // The names of the directories must be as durable as what will be in them.
+        sync_dir(&generation_dir(dir, generation))?;
+        if let Some(parent) = dir.parent() {
+            sync_dir(parent)?;
+        }
         if generation == 0 {
             set_current(dir, 0)?;
         }
@@ -109,6 +114,8 @@ impl Shard {
     /// along first, so that a restart has little to redo.
     pub fn checkpoint(&self) -> Result<Option<Vec<u8>>> {
         self.save_derived(false)?;
+        // An installed snapshot must not take the files away in the middle of this.
+        let _guard = self.background.lock();
         let (tag, store) = {
             let state = self.state.read();
             (state.store.get(keys::TAG)?, state.store.clone())

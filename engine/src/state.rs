@@ -154,8 +154,12 @@ impl State {
         batch.put(keys::TAG.to_vec(), tag);
         let outcome = match command.map(codec::decode::<Envelope>) {
             None => Outcome::Done(0),
+            // Another replica may know how to read it: going on without it would diverge.
             Some(Err(error)) => {
-                Outcome::Rejected(Error::internal(format!("command does not decode: {error}")))
+                return Err(error::Error::Damaged {
+                    key: format!("log entry {index}"),
+                    reason: error.to_string(),
+                });
             }
             Some(Ok(envelope)) => {
                 let repeated = envelope.request_id.and_then(|id| self.answered.get(&id).copied());

@@ -232,7 +232,12 @@ impl Vectors {
 
     /// Scores every slot of a set exactly (up to the graph's number format).
     pub fn search_exact(&self, query: &[f32], limit: usize, allowed: &RoaringBitmap) -> Result<Vec<Scored>> {
-        let mut top = Top::new(self.params.distance, limit);
+        // Scores from a graph are as exact as its number format: a surplus is kept, which the
+        // caller scores again from the stored vectors.
+        let kept = if self.params.graph == GraphType::F32 { limit } else { limit * 3 + 16 };
+        let mut top = Top::new(self.params.distance, kept);
+        // What waits comes first: a block leaves it only after a graph has taken it in.
+        self.scan_pending(query, &|slot| allowed.contains(slot), &mut top);
         let mut vector = vec![0f32; self.params.size];
         for graph in self.graphs.read().iter() {
             let here = &*graph.slots.read() & allowed;
@@ -243,7 +248,6 @@ impl Vectors {
                 }
             }
         }
-        self.scan_pending(query, &|slot| allowed.contains(slot), &mut top);
         Ok(top.into_sorted())
     }
 
@@ -313,6 +317,8 @@ impl Graph {
         let path = file.to_str().ok_or_else(|| Error::Graph("the path is not UTF-8".into()))?;
         let len = slots.len();
         if len as usize >= SEAL_VECTORS {
+            // A view keeps the number of searches at once that was reserved before.
+            index.reserve_capacity_and_threads(1, SEARCH_THREADS).map_err(graph_error)?;
             index.view(path).map_err(graph_error)?;
         } else {
             index.load(path).map_err(graph_error)?;

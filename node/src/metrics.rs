@@ -83,6 +83,22 @@ fn describe() {
     gauge!("process_start_time_seconds").set(shoal_actors::cluster::unix_now() as f64);
     gauge!("shoal_raft_log_bytes").set(0.0);
     gauge!("shoal_mesh_sessions").set(0.0);
+    for role in ["leader", "follower", "learner", "candidate", "stopped"] {
+        gauge!("shoal_groups", "role" => role).set(0.0);
+    }
+    for state in ["in_progress", "completed", "failed", "cancelled"] {
+        gauge!("shoal_documents", "state" => state).set(0.0);
+    }
+    for empty in [
+        "shoal_groups_without_leader",
+        "shoal_replica_lag_entries",
+        "shoal_points",
+        "shoal_pending_vectors",
+        "shoal_nodes",
+    ] {
+        gauge!(empty).set(0.0);
+    }
+    gauge!("shoal_disk_writable").set(1.0);
     gauge!("shoal_http_in_flight").set(0.0);
 }
 

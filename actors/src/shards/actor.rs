@@ -6,8 +6,10 @@ use std::time::Duration;
 
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use ractor_cluster::RactorMessage;
+use shoal_engine::command::{Answer, Read};
 use shoal_proto::{CollectionConfig, ShardId};
 
+use crate::blobs::{self, BlobStore};
 use crate::cluster::{Cluster, LocalShard};
 use crate::limits;
 use crate::replica::Replica;
@@ -16,6 +18,10 @@ use crate::replica::Replica;
 const TICK: Duration = Duration::from_millis(200);
 /// The pause between two slices of background work, so that searches get the graphs' locks.
 const BUSY_TICK: Duration = Duration::from_millis(1);
+/// Every so many ticks a replica looks for blobs that it should hold and does not.
+const BLOB_TICKS: u64 = 50;
+/// The most blobs fetched in one go.
+const BLOBS_AT_ONCE: usize = 16;
 /// Every so many ticks the leader looks after the group's membership.
 const STEER_TICKS: u64 = 3;
 
@@ -26,6 +32,7 @@ pub(super) struct ShardArguments {
     pub(super) config: CollectionConfig,
     pub(super) dir: PathBuf,
     pub(super) cluster: Cluster,
+    pub(super) blobs: BlobStore,
 }
 
 #[derive(RactorMessage)]
@@ -37,6 +44,7 @@ pub(super) enum ShardMessage {
 pub(super) struct ShardState {
     id: ShardId,
     cluster: Cluster,
+    blobs: BlobStore,
     local: LocalShard,
     ticks: u64,
 }
@@ -51,7 +59,7 @@ impl Actor for Shard {
         myself: ActorRef<ShardMessage>,
         arguments: ShardArguments,
     ) -> Result<ShardState, ActorProcessingErr> {
-        let ShardArguments { id, config, dir, cluster } = arguments;
+        let ShardArguments { id, config, dir, cluster, blobs } = arguments;
         let shard = tokio::task::spawn_blocking(move || shoal_engine::Shard::open(&dir, config)).await??;
         let shard = Arc::new(shard);
         let group = cluster.groups().open(id.into(), Arc::new(Replica(shard.clone()))).await?;
@@ -66,7 +74,7 @@ impl Actor for Shard {
         let local = LocalShard { shard, group };
         cluster.add_local(id, local.clone());
         myself.cast(ShardMessage::Tick)?;
-        Ok(ShardState { id, cluster, local, ticks: 0 })
+        Ok(ShardState { id, cluster, blobs, local, ticks: 0 })
     }
 
     async fn handle(
@@ -95,8 +103,25 @@ impl ShardState {
         if self.ticks.is_multiple_of(STEER_TICKS) && self.local.group.is_leader() {
             self.steer().await;
         }
+        if self.ticks.is_multiple_of(BLOB_TICKS) {
+            self.fetch_missing_blobs().await;
+        }
         myself.send_after(if more { BUSY_TICK } else { TICK }, || ShardMessage::Tick);
         Ok(())
+    }
+
+    /// A replica that was added later, or took a lost disk's place, has the records of files but
+    /// not their bytes: it fetches them from the others.
+    async fn fetch_missing_blobs(&self) {
+        let shard = self.local.shard.clone();
+        let listed = tokio::task::spawn_blocking(move || shard.read(&Read::ListFiles)).await;
+        let Ok(Ok(Answer::Files(files))) = listed else { return };
+        let missing = files.into_iter().filter(|file| !self.blobs.contains(self.id, file.blob));
+        for file in missing.take(BLOBS_AT_ONCE) {
+            if let Err(error) = blobs::fetch(&self.cluster, &self.blobs, self.id, file.blob).await {
+                tracing::warn!(shard = self.id.0, %error, "a missing blob will be fetched later");
+            }
+        }
     }
 
     /// Leads the group's membership one step towards what the control group wants.

@@ -131,6 +131,7 @@ impl ShardsState {
             config: collection.config.clone(),
             dir: self.arguments.dir.join(id.to_string()),
             cluster: self.arguments.cluster.clone(),
+            blobs: self.arguments.blobs.clone(),
         };
         match Actor::spawn_linked(None, Shard, arguments, myself.get_cell()).await {
             Ok((actor, _)) => {
@@ -165,14 +166,17 @@ impl ShardsState {
         let cluster = &self.arguments.cluster;
         cluster.drop_local(id);
         let dropped = async {
-            cluster.groups().remove(id.into()).await?;
+            cluster.groups().close(id.into()).await;
             let dir = self.arguments.dir.join(id.to_string());
             if dir.exists() {
-                // Renamed first, so that a crash half-way leaves nothing that looks whole.
+                // Renamed before the log is forgotten, so that a crash half-way leaves nothing
+                // that looks whole.
                 let doomed = self.arguments.dir.join(format!("{id}.discarded"));
                 std::fs::rename(&dir, &doomed)?;
+                shoal_engine::store::sync_dir(&self.arguments.dir)?;
                 std::fs::remove_dir_all(&doomed)?;
             }
+            cluster.groups().remove(id.into()).await?;
             self.arguments.blobs.drop_shard(id)
         };
         match dropped.await {

@@ -84,8 +84,9 @@ pub struct LogStore {
 impl LogStore {
     /// Opens or creates the log in a directory and starts its writer thread.
     ///
-    /// A torn record at the very end (a crash in mid-write) is cut off: it was never
-    /// acknowledged. Damage before that is an error.
+    /// A torn record at the end of the newest file (a crash in mid-write) is cut off: it was
+    /// never acknowledged. Damage in older files is an error. Damage inside the newest file is
+    /// not told from a torn end: that needs a durable mark of how far it was good.
     pub fn open(dir: &Path, config: &LogConfig) -> io::Result<LogStore> {
         std::fs::create_dir_all(dir)?;
         let engine = Engine::open(Config {
@@ -257,8 +258,12 @@ impl Writer {
     fn purge(&mut self) {
         self.purged_at = Instant::now();
         metrics::gauge!("shoal_raft_log_bytes").set(self.engine.get_used_size() as f64);
-        if let Err(error) = self.engine.purge_expired_files() {
-            tracing::warn!(%error, "old log files could not be purged; will try again");
+        // It may sync, and raft-engine panics when that fails.
+        let purge = std::panic::AssertUnwindSafe(|| self.engine.purge_expired_files());
+        match std::panic::catch_unwind(purge) {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => fail(&format!("old files could not be purged: {error}")),
+            Err(_) => fail("fdatasync failed while old files were purged"),
         }
     }
 }

@@ -100,11 +100,8 @@ async fn through_a_node(client: &Client, texts: &[String]) -> Result<(Duration, 
         let store = &store;
         async move { store.add(client, &format!("{number}.txt"), &text, json!({})).await }
     };
-    let files: Vec<String> = stream::iter(texts.to_vec().into_iter().enumerate())
-        .map(add)
-        .buffered(CONCURRENCY)
-        .try_collect()
-        .await?;
+    let files: Vec<String> =
+        stream::iter(texts.iter().cloned().enumerate()).map(add).buffered(CONCURRENCY).try_collect().await?;
     store.completed(client, &files, DEADLINE).await?;
     let time = started.elapsed();
     let mut documents = store.chunks(client, Freshness::Linearizable).await?;
