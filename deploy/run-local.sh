@@ -60,7 +60,7 @@ if [ -z "$docs" ]; then
   done
 fi
 limit=()
-[ -n "${DOCS:-}" ] || limit=(--limit "${LIMIT:-150}")
+[ -n "${DOCS:-}" ] || limit=(--limit "${LIMIT:-60}")
 "$bin" ingest "$docs" --store documents --url "$url" "${limit[@]}"
 echo
 "$bin" search "$question" --store documents --url "$url" --limit 3

@@ -24,6 +24,9 @@ use crate::http::same_key;
 const MAX_PARSE_BYTES: usize = 100 << 20;
 /// Streams that one peer may have open on a connection.
 const MAX_STREAMS: u32 = 1024;
+/// Streams that a peer may have reset before they were looked at: Raft gives up on a late message
+/// and a busy node would otherwise end the connection for it.
+const MAX_RESETS: usize = 512;
 
 /// Serves gRPC until the process ends. Returns once the address is bound.
 ///
@@ -57,6 +60,7 @@ pub async fn serve(app: App, peers: PeerService) -> Result<()> {
     let server = Server::builder()
         .tcp_nodelay(true)
         .max_concurrent_streams(MAX_STREAMS)
+        .http2_max_pending_accept_reset_streams(Some(MAX_RESETS))
         .initial_stream_window_size(4 << 20)
         .initial_connection_window_size(16 << 20)
         .add_service(InterceptedService::new(peer, check_secret))

@@ -24,7 +24,7 @@ use super::TextKind;
 /// The most tokens of one text that the model sees.
 const MAX_TOKENS: usize = 512;
 /// About how many tokens go through the model in one step.
-const STEP_TOKENS: usize = 4096;
+const STEP_TOKENS: usize = 2048;
 
 #[derive(Deserialize)]
 struct Config {

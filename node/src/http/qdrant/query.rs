@@ -102,7 +102,8 @@ struct BatchOf<T> {
     searches: Vec<T>,
 }
 
-struct Found2 {
+/// What a search came to.
+struct Ranked {
     hits: Vec<Hit>,
     shards: ShardCounts,
     position: Position,
@@ -175,7 +176,7 @@ async fn run_batch(
     Ok(envelope(results, started, &position))
 }
 
-async fn run(app: &App, name: &str, request: Query, context: &Context) -> Result<Found2, Error> {
+async fn run(app: &App, name: &str, request: Query, context: &Context) -> Result<Ranked, Error> {
     let cluster = &app.running()?.cluster;
     let found = Found::find(cluster, name)?;
     if request.lookup_from.as_ref().is_some_and(|lookup| !lookup.is_null()) {
@@ -244,7 +245,7 @@ struct Plan<'a> {
 }
 
 impl Plan<'_> {
-    async fn single(&self, request: &Query, wanted: usize) -> Result<Found2, Error> {
+    async fn single(&self, request: &Query, wanted: usize) -> Result<Ranked, Error> {
         let filter = shapes::filter(request.filter.as_ref(), "filter")?;
         let Some(query) = request.query.as_ref().filter(|query| !query.is_null()) else {
             return self.unscored(filter, wanted).await;
@@ -252,7 +253,7 @@ impl Plan<'_> {
         let (leg, higher) = self.leg(query, request, "query").await?;
         let score_threshold = request.score_threshold;
         self.legs(vec![leg], &[higher], filter, wanted, score_threshold).await.map(
-            |(mut lists, shards, position)| Found2 {
+            |(mut lists, shards, position)| Ranked {
                 hits: lists.pop().unwrap_or_default(),
                 shards,
                 position,
@@ -261,7 +262,7 @@ impl Plan<'_> {
     }
 
     /// Without a query, points come in the order of their ids.
-    async fn unscored(&self, filter: Option<String>, limit: usize) -> Result<Found2, Error> {
+    async fn unscored(&self, filter: Option<String>, limit: usize) -> Result<Ranked, Error> {
         let (payload, vectors) = (self.payload.clone(), self.vectors.clone());
         let question = shoal_engine::command::Read::Scroll { from: None, filter, limit, payload, vectors };
         let gathered = ask_all(self.cluster, self.found, &question, self.context).await?;
@@ -272,7 +273,7 @@ impl Plan<'_> {
             }
         }
         hits.sort_by_key(|hit: &Hit| hit.id);
-        Ok(Found2 { hits, shards: gathered.shards, position: gathered.position })
+        Ok(Ranked { hits, shards: gathered.shards, position: gathered.position })
     }
 
     async fn fused(
@@ -280,7 +281,7 @@ impl Plan<'_> {
         prefetches: &[Query],
         outer: Option<&Value>,
         wanted: usize,
-    ) -> Result<Found2, Error> {
+    ) -> Result<Ranked, Error> {
         let outer = shapes::filter(outer, "filter")?;
         let (mut lists, mut position, mut shards) = (Vec::new(), Position::default(), ShardCounts::default());
         for (at, prefetch) in prefetches.iter().enumerate() {
@@ -302,7 +303,7 @@ impl Plan<'_> {
             position.merge(&reached);
             shards = counts;
         }
-        Ok(Found2 { hits: search::fuse(lists, wanted, RRF_K), shards, position })
+        Ok(Ranked { hits: search::fuse(lists, wanted, RRF_K), shards, position })
     }
 
     async fn legs(
