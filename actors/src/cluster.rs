@@ -25,6 +25,7 @@ use shoal_raft::{Error as RaftError, Group, Groups, Lane};
 use tokio::sync::{Semaphore, watch};
 
 use crate::call::{Call, Consistency, Reply};
+use crate::latencies::Latencies;
 use crate::limits;
 use crate::mesh;
 use crate::work::Work;
@@ -521,29 +522,6 @@ impl Cluster {
             Ok(answer) => answer.map_err(Error::from),
             Err(_) => Err(Error::internal("a read panicked; the replica's files may be damaged")),
         }
-    }
-}
-
-/// The latencies of recent reads, for the moment at which a second replica is asked.
-#[derive(Default)]
-struct Latencies(parking_lot::Mutex<std::collections::VecDeque<Duration>>);
-
-impl Latencies {
-    const KEPT: usize = 128;
-
-    fn note(&self, latency: Duration) {
-        let mut recent = self.0.lock();
-        if recent.len() == Self::KEPT {
-            recent.pop_front();
-        }
-        recent.push_back(latency);
-    }
-
-    fn hedge_after(&self) -> Duration {
-        let mut recent: Vec<Duration> = self.0.lock().iter().copied().collect();
-        recent.sort_unstable();
-        let p95 = recent.get(recent.len() * 95 / 100).copied().unwrap_or_default();
-        (p95 * 2).max(limits::HEDGE_FLOOR)
     }
 }
 

@@ -33,6 +33,7 @@ pub mod cluster;
 mod control;
 pub mod embed;
 mod ingest;
+mod latencies;
 pub mod limits;
 mod mesh;
 pub mod parse;

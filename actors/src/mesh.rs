@@ -121,7 +121,7 @@ impl ServerState {
                 (_, Err(_)) => refuse(ErrorCode::Busy, "this node serves too many calls".into()),
                 (Ok(call), Ok(_permit)) => cluster.serve(call).await,
             };
-            let reply = match codec::encode(&reply).len() > limits::MAX_MESH_BYTES {
+            let reply = match codec::encoded_len(&reply) > limits::MAX_MESH_BYTES {
                 true => Reply::UseGrpc,
                 false => reply,
             };
@@ -137,7 +137,7 @@ pub(crate) async fn ask(node: NodeId, call: &Call, timeout: Duration) -> Option<
         return None;
     }
     let member = pg::get_scoped_members(&SCOPE.to_owned(), &node_group(node)).into_iter().next()?;
-    if codec::encode(call).len() > limits::MAX_MESH_BYTES {
+    if codec::encoded_len(call) > limits::MAX_MESH_BYTES {
         return None;
     }
     let server: ActorRef<ServerMessage> = member.into();

@@ -152,43 +152,44 @@ impl State {
     pub(crate) fn apply(&mut self, index: u64, tag: Vec<u8>, command: Option<&[u8]>) -> Result<Vec<u8>> {
         let mut batch = Batch::default();
         batch.put(keys::TAG.to_vec(), tag);
+        let mut effects = Vec::new();
         let outcome = match command.map(codec::decode::<Envelope>) {
             None => Outcome::Done(0),
             // Another replica may know how to read it: going on without it would diverge.
             Some(Err(error)) => {
-                return Err(error::Error::Damaged {
-                    key: format!("log entry {index}"),
-                    reason: error.to_string(),
-                });
+                let key = format!("log entry {index}");
+                return Err(error::Error::Damaged { key, reason: error.to_string() });
             }
-            Some(Ok(envelope)) => {
-                let repeated = envelope.request_id.and_then(|id| self.answered.get(&id).copied());
-                if let Some(sequence) = repeated {
-                    self.store.commit(batch)?;
-                    self.applied = index;
-                    let key = keys::request(sequence);
-                    let stored = self.store.get(&key)?.unwrap_or_default();
-                    let (_, outcome): (RequestId, Outcome) = decode(&key, &stored)?;
-                    return Ok(codec::encode(&outcome));
+            Some(Ok(envelope)) => match self.answered(envelope.request_id)? {
+                Some(outcome) => outcome,
+                None => {
+                    let mut change =
+                        Change { index, now: envelope.now, batch: &mut batch, effects: Vec::new() };
+                    let outcome = self.transition(&mut change, envelope.command)?;
+                    effects = change.effects;
+                    if let Some(id) = envelope.request_id {
+                        self.remember(&mut batch, index, id, &outcome);
+                    }
+                    batch.put(keys::NEXT_SLOT.to_vec(), codec::encode(&self.next_slot));
+                    outcome
                 }
-                let mut change = Change { index, now: envelope.now, batch: &mut batch, effects: Vec::new() };
-                let outcome = self.transition(&mut change, envelope.command)?;
-                let effects = std::mem::take(&mut change.effects);
-                if let Some(id) = envelope.request_id {
-                    self.remember(&mut batch, index, id, &outcome);
-                }
-                batch.put(keys::NEXT_SLOT.to_vec(), codec::encode(&self.next_slot));
-                self.store.commit(batch)?;
-                self.applied = index;
-                for effect in effects {
-                    self.follow(effect)?;
-                }
-                return Ok(codec::encode(&outcome));
-            }
+            },
         };
         self.store.commit(batch)?;
         self.applied = index;
+        for effect in effects {
+            self.follow(effect)?;
+        }
         Ok(codec::encode(&outcome))
+    }
+
+    /// What a request was answered, if it is remembered.
+    fn answered(&self, id: Option<RequestId>) -> Result<Option<Outcome>> {
+        let Some(sequence) = id.and_then(|id| self.answered.get(&id)) else { return Ok(None) };
+        let key = keys::request(*sequence);
+        let stored = self.store.get(&key)?.unwrap_or_default();
+        let (_, outcome): (RequestId, Outcome) = decode(&key, &stored)?;
+        Ok(Some(outcome))
     }
 
     fn remember(&mut self, batch: &mut Batch, index: u64, id: RequestId, outcome: &Outcome) {

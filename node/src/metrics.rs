@@ -15,6 +15,10 @@ const TICK: Duration = Duration::from_secs(2);
 /// Bounds of latency histograms, in seconds.
 const SECONDS: [f64; 14] =
     [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
+/// The roles of a group on a node, as the label `role`.
+const ROLES: [&str; 5] = ["leader", "follower", "learner", "candidate", "stopped"];
+/// The states of a document, as the label `state`, in the order of the engine's numbers.
+const STATES: [&str; 4] = ["in_progress", "completed", "failed", "cancelled"];
 /// Bounds of batch sizes.
 const BATCHES: [f64; 10] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 1024.0];
 
@@ -83,10 +87,10 @@ fn describe() {
     gauge!("process_start_time_seconds").set(shoal_actors::cluster::unix_now() as f64);
     gauge!("shoal_raft_log_bytes").set(0.0);
     gauge!("shoal_mesh_sessions").set(0.0);
-    for role in ["leader", "follower", "learner", "candidate", "stopped"] {
+    for role in ROLES {
         gauge!("shoal_groups", "role" => role).set(0.0);
     }
-    for state in ["in_progress", "completed", "failed", "cancelled"] {
+    for state in STATES {
         gauge!("shoal_documents", "state" => state).set(0.0);
     }
     for empty in [
@@ -118,7 +122,7 @@ pub async fn observe(app: App) {
 
 fn observe_groups(cluster: &shoal_actors::Cluster) {
     let statuses: Vec<_> = cluster.groups().all().iter().map(shoal_raft::Group::status).collect();
-    for role in ["leader", "follower", "learner", "candidate", "stopped"] {
+    for role in ROLES {
         let count = statuses.iter().filter(|status| status.role == role).count();
         gauge!("shoal_groups", "role" => role).set(count as f64);
     }
@@ -149,7 +153,7 @@ async fn observe_shards(cluster: &shoal_actors::Cluster) {
     }
     gauge!("shoal_points").set(points as f64);
     gauge!("shoal_pending_vectors").set(pending as f64);
-    for (state, count) in ["in_progress", "completed", "failed", "cancelled"].into_iter().zip(documents) {
+    for (state, count) in STATES.into_iter().zip(documents) {
         gauge!("shoal_documents", "state" => state).set(count as f64);
     }
 }

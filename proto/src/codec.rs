@@ -43,6 +43,15 @@ pub fn encode<T: Serialize>(value: &T) -> Vec<u8> {
     bytes
 }
 
+/// How many bytes [`encode`] would write, without writing them.
+///
+/// # Panics
+/// As [`encode`].
+pub fn encoded_len<T: Serialize>(value: &T) -> usize {
+    let body = options().serialized_size(value).expect("values are bounded where they are made");
+    body as usize + 1
+}
+
 /// Decodes what [`encode`] wrote. Bytes may come from a peer or a damaged disk: nothing in
 /// them is trusted, and no more than [`MAX_ENCODED_BYTES`] is ever allocated.
 pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, CodecError> {
@@ -60,6 +69,7 @@ mod tests {
     #[test]
     fn round_trip_and_refusals() {
         let bytes = encode(&(7u64, "seven".to_owned()));
+        assert_eq!(encoded_len(&(7u64, "seven".to_owned())), bytes.len());
         assert_eq!(bytes, [1, 7, 5, b's', b'e', b'v', b'e', b'n'], "the saved format of version 1");
         assert_eq!(decode::<(u64, String)>(&bytes).expect("decodes"), (7, "seven".to_owned()));
         assert!(matches!(decode::<u64>(&[]), Err(CodecError::Empty)));

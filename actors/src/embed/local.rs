@@ -42,8 +42,6 @@ fn default_eps() -> f64 {
 /// The encoder.
 pub struct LocalModel {
     tokenizer: Tokenizer,
-    /// Counts without the special tokens; truncation is off.
-    counter: Tokenizer,
     weights: Weights,
     checksum: String,
     prefixes: Option<(&'static str, &'static str)>,
@@ -88,17 +86,17 @@ impl LocalModel {
         };
         let config = std::fs::read(dir.join("config.json")).map_err(|error| broken(&error))?;
         let config: Config = serde_json::from_slice(&config).map_err(|error| broken(&error))?;
-        let mut counter = Tokenizer::from_file(dir.join("tokenizer.json")).map_err(|error| broken(&error))?;
-        counter.with_padding(None);
-        counter.with_truncation(None).map_err(|error| broken(&error))?;
-        let mut tokenizer = counter.clone();
-        let truncation = tokenizers::TruncationParams { max_length: MAX_TOKENS, ..Default::default() };
-        tokenizer.with_truncation(Some(truncation)).map_err(|error| broken(&error))?;
+        // Neither padded nor truncated: both are done here, so that one tokenizer (its vocabulary
+        // takes hundreds of megabytes) serves counting and embedding.
+        let mut tokenizer =
+            Tokenizer::from_file(dir.join("tokenizer.json")).map_err(|error| broken(&error))?;
+        tokenizer.with_padding(None);
+        tokenizer.with_truncation(None).map_err(|error| broken(&error))?;
         let weights =
             Weights::open(&dir.join("model.safetensors"), &config).map_err(|error| broken(&error))?;
         let name = dir.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         let prefixes = name.contains("e5").then_some(("query: ", "passage: "));
-        Ok(LocalModel { tokenizer, counter, weights, checksum, prefixes, turn: Semaphore::new(1) })
+        Ok(LocalModel { tokenizer, weights, checksum, prefixes, turn: Semaphore::new(1) })
     }
 
     /// Dimensions of its vectors.
@@ -113,7 +111,7 @@ impl LocalModel {
 
     /// Tokens in a text, without special ones.
     pub fn count_tokens(&self, text: &str) -> usize {
-        self.counter.encode_fast(text, false).map_or(text.len(), |encoding| encoding.len())
+        self.tokenizer.encode_fast(text, false).map_or(text.len(), |encoding| encoding.len())
     }
 
     /// Embeds texts, in order, on the blocking pool.
@@ -138,7 +136,7 @@ impl LocalModel {
         for (index, text) in texts.iter().enumerate() {
             let input = format!("{prefix}{}", text.trim());
             let encoding = self.tokenizer.encode_fast(input, true).map_err(Error::internal)?;
-            encoded.push((index, encoding.get_ids().to_vec()));
+            encoded.push((index, truncated(encoding.get_ids())));
         }
         // Texts of like length go together, so that little is padded.
         encoded.sort_by_key(|(_, ids)| ids.len());
@@ -158,6 +156,14 @@ impl LocalModel {
             rest = later;
         }
         Ok(vectors)
+    }
+}
+
+/// At most [`MAX_TOKENS`] tokens: what is cut off is text, never the token that ends it.
+fn truncated(ids: &[u32]) -> Vec<u32> {
+    match ids {
+        [text @ .., end] if ids.len() > MAX_TOKENS => [&text[..MAX_TOKENS - 1], &[*end]].concat(),
+        ids => ids.to_vec(),
     }
 }
 
@@ -371,6 +377,14 @@ mod tests {
             assert!(near(&alone, &together), "padding changes nothing");
         }
         assert_eq!(model.count_tokens("hello world"), 3);
+    }
+
+    #[test]
+    fn long_texts_lose_text_and_keep_their_end() {
+        let ids: Vec<u32> = (0..600).collect();
+        let cut = truncated(&ids);
+        assert_eq!((cut.len(), cut[510], cut[511]), (MAX_TOKENS, 510, 599));
+        assert_eq!(truncated(&ids[..512]), ids[..512]);
     }
 
     #[test]
