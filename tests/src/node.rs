@@ -59,6 +59,11 @@ impl Node {
         })
     }
 
+    /// Its data directory, which the node itself makes.
+    pub fn data_dir(&self) -> PathBuf {
+        self.dir.join("data")
+    }
+
     /// Its name.
     pub fn name(&self) -> &str {
         &self.name
@@ -123,7 +128,7 @@ impl Node {
         ensure!(self.child.is_none(), "{} runs already", self.name);
         let log = File::options().create(true).append(true).open(self.log_file())?;
         let mut command = shoal("serve")?;
-        command.args(["--name", &self.name]).arg("--data").arg(self.dir.join("data"));
+        command.args(["--name", &self.name]).arg("--data").arg(self.data_dir());
         command.args(["--http", &self.http_address(), "--grpc", &self.grpc_address()]);
         command.args(["--mesh", &format!("127.0.0.1:{}", self.ports.mesh)]);
         command.args(["--api-key", KEY, "--log-format", "text"]).arg("--models").arg(&self.models);

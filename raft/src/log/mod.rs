@@ -13,6 +13,10 @@
 //! - **Fail closed**: a failed write or fsync is never retried and nothing after it is
 //!   acknowledged: the process stops with exit code [`EXIT_LOG_FAILED`].
 //!
+//! - **Damage is not a torn end**: a batch carries its number, and a log that ends before the
+//!   last one that was synced (see `mark`) is refused: a node that has lost what it acknowledged
+//!   must not vote.
+//!
 //! The records are in `raft-engine` (TiKV's log for many groups). Three facts about 0.4.2 shape
 //! this module: an fsync error inside a write *group* is reported as success to its followers,
 //! so there is only ever one writer; its block cache is per thread and does not know which
@@ -20,6 +24,7 @@
 //! so a truncation is a durable `tail` record that the next append removes.
 
 mod group;
+mod mark;
 mod record;
 #[cfg(test)]
 mod tests;

@@ -17,6 +17,11 @@ pub(super) const COMMITTED: &[u8] = b"committed";
 /// The key of a truncation: the last index that counts, until the next append removes it.
 pub(super) const TAIL: &[u8] = b"tail";
 
+/// The group under which the number of the last batch is kept. No group has this id.
+pub(super) const BATCHES: u64 = u64::MAX;
+/// The key of that number.
+pub(super) const SEQUENCE: &[u8] = b"sequence";
+
 /// An entry for raft-engine: eight bytes of index, four of checksum, then the encoded entry.
 /// The checksum covers group and index too, so that a misplaced entry cannot pass for another.
 #[derive(Clone)]

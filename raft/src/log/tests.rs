@@ -232,3 +232,65 @@ fn a_damaged_or_misplaced_record_is_refused() {
     flipped.value[14] ^= 1;
     assert!(record::unwrap(7, &flipped).is_err(), "a flipped bit");
 }
+
+/// A log of 60 batches whose newest file is then changed by hand; what opening it says.
+async fn opened_after(change: impl FnOnce(&mut Vec<u8>)) -> io::Result<LogStore> {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let path = dir.path().join("log");
+    {
+        let mut log = open(dir.path()).await;
+        for index in 1..=60 {
+            append(&mut log, vec![entry(1, index)]).await;
+        }
+    }
+    drop(open(dir.path()).await);
+    let files = std::fs::read_dir(&path).expect("listed").map(|entry| entry.expect("an entry").path());
+    let newest = files.filter(|path| path.extension().is_some_and(|end| end == "raftlog")).max();
+    let newest = newest.expect("there is a file");
+    // Closing a log cuts its file to what was written.
+    std::thread::sleep(std::time::Duration::from_millis(100));
+    let mut bytes = std::fs::read(&newest).expect("readable");
+    change(&mut bytes);
+    std::fs::write(&newest, bytes).expect("writable");
+    LogStore::open(&path, &LogConfig::default())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_acknowledged_and_is_damaged_is_refused() {
+    opened_after(|_| {}).await.expect("an untouched log opens");
+    opened_after(|bytes| bytes.extend_from_slice(&[7; 50])).await.expect("a torn end is cut off");
+    for part in [0.3, 0.6, 0.9] {
+        let flipped = opened_after(|bytes| {
+            let at = (bytes.len() as f64 * part) as usize;
+            bytes[at] ^= 4;
+        });
+        let refused = flipped.await.err().expect("a flipped bit is refused").to_string();
+        assert!(refused.contains("damaged") && refused.contains("must not vote"), "{refused}");
+    }
+    let cut = opened_after(|bytes| bytes.truncate(bytes.len() - 20)).await;
+    assert!(cut.err().expect("a lost batch is refused").to_string().contains("batch 59 of 60"));
+}
+
+#[test]
+fn moved_entries_are_checked_and_one_unreadable_mark_is_enough() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let moved = dir.path().join("0000000000000001.rewrite");
+    std::fs::write(&moved, [1, 2, 3, 4, 0, 0]).expect("writable");
+    let mut mark = mark::Mark::open(dir.path()).expect("opens");
+    (1..=5).for_each(|sequence| mark.note(sequence).expect("noted"));
+    mark.note_rewritten().expect("noted");
+    // The end of a file may be written to after it was looked at, its beginning not.
+    std::fs::write(&moved, [1, 2, 3, 4, 5, 6]).expect("writable");
+    assert_eq!(mark::Mark::open(dir.path()).expect("opens again").sequence(), 5);
+    std::fs::write(&moved, [1, 2, 7, 4, 5, 6]).expect("writable");
+    assert!(mark::Mark::open(dir.path()).is_err(), "another beginning");
+    std::fs::remove_file(&moved).expect("removed");
+    let synced = dir.path().join("synced");
+    let mut bytes = std::fs::read(&synced).expect("readable");
+    bytes[13] ^= 1;
+    std::fs::write(&synced, &bytes).expect("writable");
+    assert_eq!(mark::Mark::open(dir.path()).expect("opens").sequence(), 4, "the other place counts");
+    bytes[1] ^= 1;
+    std::fs::write(&synced, &bytes).expect("writable");
+    assert!(mark::Mark::open(dir.path()).is_err(), "no place is readable");
+}

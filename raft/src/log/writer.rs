@@ -11,6 +11,7 @@ use shoal_proto::GroupId;
 use tokio::sync::oneshot;
 
 use super::GroupLog;
+use super::mark::{self, Mark};
 use super::record::{self, Record};
 use crate::types::TypeConfig;
 
@@ -23,6 +24,8 @@ const QUEUE_LENGTH: usize = 16_384;
 const BATCH_OPERATIONS: usize = 1024;
 /// A batch takes no more operations once it has this many bytes.
 const BATCH_BYTES: usize = 8 << 20;
+/// About how many bytes are read at a time when the log is checked at its opening.
+const VERIFY_BYTES: usize = 4 << 20;
 /// How often files that hold only purged entries are looked for.
 const PURGE_EVERY: Duration = Duration::from_secs(10);
 
@@ -85,10 +88,13 @@ impl LogStore {
     /// Opens or creates the log in a directory and starts its writer thread.
     ///
     /// A torn record at the end of the newest file (a crash in mid-write) is cut off: it was
-    /// never acknowledged. Damage in older files is an error. Damage inside the newest file is
-    /// not told from a torn end: that needs a durable mark of how far it was good.
+    /// never acknowledged.
+    ///
+    /// # Errors
+    /// When the files cannot be read, and when something is missing that was acknowledged.
     pub fn open(dir: &Path, config: &LogConfig) -> io::Result<LogStore> {
         std::fs::create_dir_all(dir)?;
+        let mark = Mark::open(dir)?;
         let engine = Engine::open(Config {
             dir: dir.to_str().ok_or_else(|| io::Error::other("the log's path is not UTF-8"))?.to_owned(),
             target_file_size: ReadableSize(config.file_bytes),
@@ -96,12 +102,24 @@ impl LogStore {
             enable_log_recycle: false,
             ..Config::default()
         })
-        .map_err(io::Error::other)?;
+        .map_err(|error| match error {
+            raft_engine::Error::Corruption(what) => mark::damaged(&what),
+            error => io::Error::other(error),
+        })?;
+        let sequence = match engine.get(record::BATCHES, record::SEQUENCE) {
+            Some(number) => u64::from_le_bytes(number.try_into().unwrap_or_default()),
+            None => 0,
+        };
+        if sequence < mark.sequence() {
+            let what = format!("it ends at batch {sequence} of {}", mark.sequence());
+            return Err(mark::damaged(&what));
+        }
+        verify(&engine)?;
         sync_directories(dir)?;
         let (queue, ops) = sync_channel(QUEUE_LENGTH);
         std::thread::Builder::new()
             .name("raft-log".into())
-            .spawn(move || Writer { engine, purged_at: Instant::now() }.run(&ops))?;
+            .spawn(move || Writer { engine, mark, sequence, purged_at: Instant::now() }.run(&ops))?;
         Ok(LogStore { queue })
     }
 
@@ -144,6 +162,28 @@ impl LogStore {
     }
 }
 
+/// Reads every entry once: raft-engine checks the list of a batch's entries when it opens, the
+/// entries themselves only when they are read.
+fn verify(engine: &Engine) -> io::Result<()> {
+    for group in engine.raft_groups() {
+        let (Some(first), Some(last)) = (engine.first_index(group), engine.last_index(group)) else {
+            continue;
+        };
+        let mut next = first;
+        while next <= last {
+            let mut found = Vec::new();
+            let read =
+                engine.fetch_entries_to::<Record>(group, next, last + 1, Some(VERIFY_BYTES), &mut found);
+            read.map_err(|error| mark::damaged(&format!("an entry of group {group}: {error}")))?;
+            for entry in &found {
+                record::unwrap(group, entry).map_err(|error| mark::damaged(&error.to_string()))?;
+            }
+            next += found.len().max(1) as u64;
+        }
+    }
+    Ok(())
+}
+
 fn stopped() -> io::Error {
     io::Error::other("the log's writer thread has stopped")
 }
@@ -157,16 +197,19 @@ fn sync_directories(dir: &Path) -> io::Result<()> {
 
 struct Writer {
     engine: Engine,
+    mark: Mark,
+    /// The number of the last batch.
+    sequence: u64,
     purged_at: Instant,
 }
 
 impl Writer {
     fn run(mut self, ops: &Receiver<Op>) {
         loop {
-            match ops.recv_timeout(PURGE_EVERY) {
+            match ops.recv_timeout(if self.mark.is_dirty() { mark::SYNC_EVERY } else { PURGE_EVERY }) {
                 Ok(op) => self.step(op, ops),
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return,
+                Err(RecvTimeoutError::Timeout) => self.marked(Mark::sync),
+                Err(RecvTimeoutError::Disconnected) => return self.marked(Mark::sync),
             }
             if self.purged_at.elapsed() >= PURGE_EVERY {
                 self.purge();
@@ -201,9 +244,22 @@ impl Writer {
         self.write(&mut batch, sync, &mut waiting);
     }
 
-    fn write(&self, batch: &mut LogBatch, sync: bool, waiting: &mut Vec<Done>) {
+    /// Notes how far the log is good. A mark that cannot be written would let damage pass for a
+    /// torn end later, so it counts as a failure of the log.
+    fn marked(&mut self, note: impl FnOnce(&mut Mark) -> io::Result<()>) {
+        if let Err(error) = note(&mut self.mark) {
+            fail(&format!("how far it is good cannot be noted: {error}"));
+        }
+    }
+
+    fn write(&mut self, batch: &mut LogBatch, sync: bool, waiting: &mut Vec<Done>) {
         if waiting.is_empty() {
             return;
+        }
+        if sync {
+            self.sequence += 1;
+            let number = self.sequence.to_le_bytes().to_vec();
+            put(batch, record::BATCHES, record::SEQUENCE, number);
         }
         let started = Instant::now();
         // raft-engine panics when fdatasync fails, and reports other failures as errors: both
@@ -216,6 +272,8 @@ impl Writer {
         }
         *batch = LogBatch::default();
         if sync {
+            let sequence = self.sequence;
+            self.marked(|mark| mark.note(sequence));
             metrics::histogram!("shoal_raft_log_sync_seconds").record(started.elapsed());
             metrics::histogram!("shoal_raft_log_batch_operations").record(waiting.len() as f64);
         }
@@ -238,7 +296,11 @@ impl Writer {
                 let span = self.engine.first_index(group).zip(self.engine.last_index(group));
                 _ = reply.send(span);
             }
-            Op::Groups { reply } => drop(reply.send(self.engine.raft_groups())),
+            Op::Groups { reply } => {
+                let mut groups = self.engine.raft_groups();
+                groups.retain(|group| *group != record::BATCHES);
+                _ = reply.send(groups);
+            }
         }
     }
 
@@ -265,13 +327,11 @@ impl Writer {
             Ok(Err(error)) => fail(&format!("old files could not be purged: {error}")),
             Err(_) => fail("fdatasync failed while old files were purged"),
         }
+        self.marked(Mark::note_rewritten);
     }
 }
 
 fn add(batch: &mut LogBatch, group: u64, change: Change) {
-    let put = |batch: &mut LogBatch, key: &[u8], value| {
-        batch.put(group, key.to_vec(), value).expect("our keys are not raft-engine's own");
-    };
     match change {
         Change::Append { first, bodies, clear_tail } => {
             if clear_tail {
@@ -283,18 +343,22 @@ fn add(batch: &mut LogBatch, group: u64, change: Change) {
                 fail(&format!("a batch of {} entries does not fit: {error}", wrapped.len()));
             }
         }
-        Change::Put { key, value } => put(batch, key, value),
+        Change::Put { key, value } => put(batch, group, key, value),
         Change::Purge { upto, purged } => {
-            put(batch, record::PURGED, purged);
+            put(batch, group, record::PURGED, purged);
             batch.add_command(group, Command::Compact { index: upto + 1 });
         }
         Change::Reset { vote } => {
             batch.add_command(group, Command::Clean);
             if let Some(vote) = vote {
-                put(batch, record::VOTE, vote);
+                put(batch, group, record::VOTE, vote);
             }
         }
     }
+}
+
+fn put(batch: &mut LogBatch, group: u64, key: &[u8], value: Vec<u8>) {
+    batch.put(group, key.to_vec(), value).expect("our keys are not raft-engine's own");
 }
 
 fn fail(reason: &str) -> ! {

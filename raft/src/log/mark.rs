@@ -1,0 +1,177 @@
+//! How far the log is known to have been good, so that damage is told from a torn end.
+//!
+//! raft-engine cuts off whatever follows the first unreadable record of its newest files: right
+//! for a write that a crash has torn, which nobody was told of; wrong for a flipped bit in a
+//! record that was acknowledged. Two files beside its own make the difference:
+//!
+//! - `synced`: the number of the last batch that was synced. Each batch carries its number, so a
+//!   log that ends before it has lost something. It is written after each batch and synced at
+//!   most every [`SYNC_EVERY`]: the end of a process loses nothing of it, a power cut that much.
+//! - `rewritten`: length and checksum of the files into which raft-engine has moved old entries.
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime};
+
+use serde::{Deserialize, Serialize};
+use shoal_proto::codec;
+
+/// The longest time that a number stands in `synced` without being synced itself.
+pub(super) const SYNC_EVERY: Duration = Duration::from_secs(1);
+
+/// Bytes of one of the two places in `synced`: a number and its checksum.
+const SLOT_BYTES: usize = 12;
+
+/// What a file of moved entries must begin with.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct Prefix {
+    bytes: u64,
+    crc: u32,
+}
+
+pub(super) struct Mark {
+    dir: PathBuf,
+    file: File,
+    sequence: u64,
+    synced_at: Instant,
+    is_dirty: bool,
+    rewritten: BTreeMap<String, Prefix>,
+    /// When the files of moved entries were written last, as of the last look.
+    looked_at: BTreeMap<PathBuf, SystemTime>,
+}
+
+impl Mark {
+    /// Reads the marks of a log directory and checks the files of moved entries against theirs.
+    ///
+    /// # Errors
+    /// When a mark is unreadable, or a file does not begin as it should.
+    pub(super) fn open(dir: &Path) -> io::Result<Mark> {
+        let path = dir.join("synced");
+        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
+        let mut bytes = [0; 2 * SLOT_BYTES];
+        let sequence = match file.metadata()?.len() {
+            0 => 0,
+            _ => {
+                // A power cut may have kept the first of the two only.
+                let length = (file.metadata()?.len() as usize).min(bytes.len());
+                file.read_exact_at(&mut bytes[..length], 0)?;
+                let numbers = bytes.chunks(SLOT_BYTES).filter_map(read_slot);
+                numbers.max().ok_or_else(|| damaged("the mark of the last synced batch is unreadable"))?
+            }
+        };
+        let rewritten: BTreeMap<String, Prefix> = match std::fs::read(dir.join("rewritten")) {
+            Ok(bytes) => {
+                let (sum, body) = bytes.split_at_checked(4).unwrap_or_default();
+                if sum != crc32fast::hash(body).to_le_bytes() {
+                    return Err(damaged("the marks of moved entries are unreadable"));
+                }
+                codec::decode(body).map_err(|error| damaged(&error.to_string()))?
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => BTreeMap::new(),
+            Err(error) => return Err(error),
+        };
+        for (name, wanted) in &rewritten {
+            match std::fs::read(dir.join(name)) {
+                Ok(bytes) => {
+                    let prefix = usize::try_from(wanted.bytes).ok().and_then(|length| bytes.get(..length));
+                    if prefix.map(crc32fast::hash) != Some(wanted.crc) {
+                        return Err(damaged(&format!("{name} is not what it was")));
+                    }
+                }
+                // It was dropped after the marks were written.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(Mark {
+            dir: dir.to_owned(),
+            file,
+            sequence,
+            synced_at: Instant::now(),
+            is_dirty: false,
+            rewritten,
+            looked_at: BTreeMap::new(),
+        })
+    }
+
+    /// The number of the last batch that is known to have been synced.
+    pub(super) fn sequence(&self) -> u64 {
+        self.sequence
+    }
+
+    /// Whether the last number is not durable yet.
+    pub(super) fn is_dirty(&self) -> bool {
+        self.is_dirty
+    }
+
+    /// Notes that a batch was synced.
+    pub(super) fn note(&mut self, sequence: u64) -> io::Result<()> {
+        let number = sequence.to_le_bytes();
+        let mut slot = number.to_vec();
+        slot.extend_from_slice(&crc32fast::hash(&number).to_le_bytes());
+        self.file.write_all_at(&slot, (sequence % 2) * SLOT_BYTES as u64)?;
+        self.sequence = sequence;
+        self.is_dirty = true;
+        if self.synced_at.elapsed() >= SYNC_EVERY { self.sync() } else { Ok(()) }
+    }
+
+    /// Makes the last number durable.
+    pub(super) fn sync(&mut self) -> io::Result<()> {
+        if std::mem::take(&mut self.is_dirty) {
+            self.file.sync_data()?;
+            self.synced_at = Instant::now();
+        }
+        Ok(())
+    }
+
+    /// Notes what the files of moved entries hold, after raft-engine has synced them.
+    pub(super) fn note_rewritten(&mut self) -> io::Result<()> {
+        let mut files = BTreeMap::new();
+        for entry in std::fs::read_dir(&self.dir)? {
+            let entry = entry?;
+            if entry.path().extension().is_some_and(|extension| extension == "rewrite") {
+                files.insert(entry.path(), entry.metadata()?.modified()?);
+            }
+        }
+        if files == self.looked_at {
+            return Ok(());
+        }
+        let mut found = BTreeMap::new();
+        for path in files.keys() {
+            let bytes = std::fs::read(path)?;
+            // The newest file is longer than what was written to it: its end is zeros.
+            let written = bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            found.insert(name, Prefix { bytes: written as u64, crc: crc32fast::hash(&bytes[..written]) });
+        }
+        self.looked_at = files;
+        let body = codec::encode(&found);
+        let mut bytes = crc32fast::hash(&body).to_le_bytes().to_vec();
+        bytes.extend_from_slice(&body);
+        let fresh = self.dir.join("rewritten.fresh");
+        std::fs::write(&fresh, bytes)?;
+        File::open(&fresh)?.sync_all()?;
+        std::fs::rename(&fresh, self.dir.join("rewritten"))?;
+        File::open(&self.dir)?.sync_all()?;
+        self.rewritten = found;
+        Ok(())
+    }
+}
+
+fn read_slot(slot: &[u8]) -> Option<u64> {
+    let (number, sum) = slot.split_at_checked(8)?;
+    (sum == crc32fast::hash(number).to_le_bytes())
+        .then(|| u64::from_le_bytes(number.try_into().expect("eight bytes")))
+}
+
+/// The error that a node must not start with: what is left of the log is not what was
+/// acknowledged, and a vote on its word could lose what a majority has.
+pub(super) fn damaged(what: &str) -> io::Error {
+    let advice = "this node must not vote with what is left of its log. If other nodes have its replicas, \
+                  move this data directory away and start again under the same name: the node gets a new \
+                  id and its replicas from the others. If there is no other node, restore a backup";
+    io::Error::new(io::ErrorKind::InvalidData, format!("the Raft log is damaged ({what}): {advice}"))
+}
