@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use futures::Stream;
 use shoal_proto::peer::peer_server::Peer;
 use shoal_proto::peer::{
-    CallReply, CallRequest, GetBlobRequest, HelloReply, HelloRequest, JoinReply, JoinRequest, Piece,
-    PutBlobReply, RaftMessage, RaftReply,
+    BeatReply, BeatRequest, CallReply, CallRequest, GetBlobRequest, HelloReply, HelloRequest, JoinReply,
+    JoinRequest, Piece, PutBlobReply, RaftMessage, RaftReply,
 };
 use shoal_proto::{BlobHash, NodeId, ShardId, codec};
 use shoal_raft::cluster::{Addresses, Command, Response};
@@ -103,6 +103,14 @@ impl Peer for PeerService {
     async fn raft(&self, request: Request<RaftMessage>) -> Result<tonic::Response<RaftReply>, Status> {
         let reply = self.cluster()?.groups().handle(request.into_inner()).await;
         reply.map(tonic::Response::new).map_err(|error| Status::unavailable(error.to_string()))
+    }
+
+    async fn beat(&self, request: Request<BeatRequest>) -> Result<tonic::Response<BeatReply>, Status> {
+        let cluster = self.cluster()?;
+        if request.get_ref().target != cluster.node().0 {
+            return Err(Status::unavailable("meant for another node"));
+        }
+        Ok(tonic::Response::new(BeatReply { boot: cluster.groups().peers().boot() }))
     }
 
     async fn install_snapshot(

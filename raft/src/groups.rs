@@ -16,6 +16,7 @@ use shoal_proto::peer::{Piece, RaftKind, RaftMessage, RaftReply};
 use shoal_proto::{GroupId, NodeId, codec};
 
 use crate::error::Error;
+use crate::idle::Idle;
 use crate::log::{GroupLog, LogStore};
 use crate::machine::{FrameFile, Machine, SnapshotData, StateMachine};
 use crate::network::{Network, Peers};
@@ -69,6 +70,8 @@ pub struct Group {
     node: NodeId,
     raft: Raft<TypeConfig, Machine>,
     log: GroupLog,
+    peers: Peers,
+    idle: Arc<Idle>,
 }
 
 /// What is known about a group on this node.
@@ -160,7 +163,10 @@ impl Groups {
         let raft = Raft::new(self.inner.node, self.inner.config.clone(), network, log.clone(), machine)
             .await
             .map_err(|error| stopped(error.to_string()))?;
-        let group = Group { id, node: self.inner.node, raft, log };
+        let voters = raft.metrics().borrow_watched().membership_config.membership().voter_ids().count();
+        log.company().note_first(voters);
+        let (node, peers) = (self.inner.node, self.inner.peers.clone());
+        let group = Group { id, node, raft, log, peers, idle: Arc::default() };
         self.inner.groups.write().insert(id, group.clone());
         Ok(group)
     }
@@ -200,9 +206,15 @@ impl Groups {
             return Err(Error::BadMessage(reason));
         }
         let id = GroupId(message.group);
-        let raft = self.get(id)?.raft;
-        let stopped = |error: String| Error::Stopped { group: id, reason: error };
+        let group = self.get(id)?;
         let kind = RaftKind::try_from(message.kind).unwrap_or_default();
+        if kind == RaftKind::Sleep {
+            let answer = group.agree_to_sleep(&read(&message.body)?);
+            return Ok(RaftReply { body: codec::encode(&answer).into() });
+        }
+        group.wake();
+        let raft = group.raft;
+        let stopped = |error: String| Error::Stopped { group: id, reason: error };
         let body = &message.body;
         let reply = match kind {
             RaftKind::Append => {
@@ -218,7 +230,7 @@ impl Groups {
                 let answer = raft.handle_transfer_leader(read(body)?).await;
                 codec::encode(&answer.map_err(|e| stopped(e.to_string()))?)
             }
-            RaftKind::Unspecified => return Err(Error::BadMessage("no kind".into())),
+            RaftKind::Sleep | RaftKind::Unspecified => return Err(Error::BadMessage("no kind".into())),
         };
         Ok(RaftReply { body: reply.into() })
     }
@@ -272,6 +284,22 @@ impl Group {
         self.id
     }
 
+    pub(crate) fn node(&self) -> NodeId {
+        self.node
+    }
+
+    pub(crate) fn raft(&self) -> &Raft<TypeConfig, Machine> {
+        &self.raft
+    }
+
+    pub(crate) fn peers(&self) -> &Peers {
+        &self.peers
+    }
+
+    pub(crate) fn idle(&self) -> &Idle {
+        &self.idle
+    }
+
     /// Starts a new group with these voters. Harmless when the group has started already, and
     /// when several of the voters do it with the same set.
     pub async fn initialize(&self, voters: &BTreeSet<NodeId>) -> Result<(), Error> {
@@ -293,6 +321,7 @@ impl Group {
     /// [`Error::NotLeader`] proves that nothing was proposed; [`Error::OutcomeUnknown`] means
     /// that it may have been.
     pub async fn propose(&self, command: Bytes, timeout: Duration) -> Result<(u64, Bytes), Error> {
+        self.wake();
         let write = self.raft.client_write(Payload(command));
         match tokio::time::timeout(timeout, write).await {
             Ok(Ok(answer)) => Ok((answer.log_id.index, answer.data.0)),
@@ -314,6 +343,10 @@ impl Group {
     /// The index that a replica must have applied to serve a linearizable read now. Only the
     /// leader knows it, and it asks a quorum first (ReadIndex, Raft dissertation §6.4).
     pub async fn read_index(&self, timeout: Duration) -> Result<u64, Error> {
+        if let Some(index) = self.read_index_alone() {
+            return Ok(index);
+        }
+        self.wake();
         let ask = self.raft.get_read_linearizer(ReadPolicy::ReadIndex);
         match tokio::time::timeout(timeout, ask).await {
             Ok(Ok(linearizer)) => Ok(linearizer.read_log_id().index()),
@@ -325,6 +358,23 @@ impl Group {
             Ok(Err(RaftError::Fatal(error))) => Err(self.stopped(error)),
             Err(_) => Err(self.timed_out("a quorum for a read")),
         }
+    }
+
+    /// The read index of a leader that is its group's only voter: nobody can have been elected
+    /// without it, and what it has acknowledged it has applied. An entry of its own term must be
+    /// applied, since before that the leader does not know all that was committed.
+    fn read_index_alone(&self) -> Option<u64> {
+        if !self.log.company().is_alone() {
+            return None;
+        }
+        let server = self.raft.server_metrics();
+        let term = {
+            let server = server.borrow_watched();
+            let voters = server.membership_config.membership().voter_ids().count();
+            (server.state == ServerState::Leader && voters == 1).then_some(server.vote.leader_id.term)?
+        };
+        let applied = self.raft.data_metrics().borrow_watched().last_applied?;
+        (applied.leader_id.term == term).then_some(applied.index)
     }
 
     /// Waits until this replica has applied an index.
@@ -348,6 +398,13 @@ impl Group {
         self.raft.server_metrics().borrow_watched().current_leader
     }
 
+    /// Whether this replica has stopped for good: its state machine or its log failed.
+    pub fn is_stopped(&self) -> bool {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        metrics.running_state.is_err() || metrics.state == ServerState::Shutdown
+    }
+
     /// Whether this node leads the group, as far as it knows.
     pub fn is_leader(&self) -> bool {
         self.leader() == Some(self.node)
@@ -364,11 +421,13 @@ impl Group {
 
     /// Starts an election at once, for a group whose only voter is this node.
     pub async fn elect(&self) -> Result<(), Error> {
+        self.wake();
         self.raft.trigger().elect(false).await.map_err(|error| self.stopped(error))
     }
 
     /// Hands leadership to a member.
     pub async fn transfer_leader(&self, to: NodeId) -> Result<(), Error> {
+        self.wake();
         self.raft.trigger().transfer_leader(to).await.map_err(|error| self.stopped(error))
     }
 
@@ -394,6 +453,10 @@ impl Group {
         let known: BTreeSet<NodeId> = status.voters.union(&status.learners).copied().collect();
         let refused =
             |error: &dyn std::fmt::Display| Error::Membership { group: self.id, reason: error.to_string() };
+        if known == *wanted && status.voters == *voters_wanted {
+            return Ok(true);
+        }
+        self.wake();
         if let Some(&new) = wanted.difference(&known).next() {
             self.raft.add_learner(new, EmptyNode {}, false).await.map_err(|error| refused(&error))?;
             return Ok(false);

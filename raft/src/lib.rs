@@ -14,6 +14,7 @@
 //! | [`machine`] | the trait that a group's state implements |
 //! | [`network`] | one channel per peer for all groups |
 //! | [`groups`] | opening, finding, serving and closing groups |
+//! | [`idle`] | groups that nobody uses keep still |
 //! | [`cluster`] | the control group's state: a plain value with a pure `apply` |
 //!
 //! Nothing here knows documents, vectors or HTTP. openraft's generics are instantiated in this
@@ -27,6 +28,7 @@
 pub mod cluster;
 mod error;
 pub mod groups;
+pub mod idle;
 pub mod log;
 pub mod machine;
 pub mod network;

@@ -25,6 +25,7 @@ use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, ClientTlsConfig, Endpoint};
 
+use crate::idle::{Beats, Sleep};
 use crate::machine::{Export, SnapshotData};
 use crate::types::{SnapshotOf, TypeConfig, VoteOf};
 
@@ -69,6 +70,9 @@ pub struct Peers {
 struct Inner {
     secret: Secret,
     tls: Option<ClientTlsConfig>,
+    /// Another number after every start of the process.
+    boot: u64,
+    beats: Beats,
     addresses: RwLock<HashMap<NodeId, String>>,
     channels: RwLock<HashMap<(NodeId, Lane), (String, Channel)>>,
 }
@@ -80,8 +84,35 @@ impl Peers {
     /// When the secret is not visible ASCII; the configuration has checked that.
     pub fn new(secret: &str, tls: Option<ClientTlsConfig>) -> Peers {
         let secret = Secret(secret.parse().expect("the secret was checked to be visible ASCII"));
-        let inner = Inner { secret, tls, addresses: RwLock::default(), channels: RwLock::default() };
+        let inner = Inner {
+            secret,
+            tls,
+            boot: uuid::Uuid::new_v4().as_u64_pair().0,
+            beats: Beats::default(),
+            addresses: RwLock::default(),
+            channels: RwLock::default(),
+        };
         Peers { inner: Arc::new(inner) }
+    }
+
+    /// The number of this run of the process.
+    pub fn boot(&self) -> u64 {
+        self.inner.boot
+    }
+
+    pub(crate) fn beats(&self) -> &Beats {
+        &self.inner.beats
+    }
+
+    /// The nodes whose addresses are known.
+    pub(crate) fn nodes(&self) -> Vec<NodeId> {
+        self.inner.addresses.read().keys().copied().collect()
+    }
+
+    /// Asks a member to stop a group's timers. Returns whether it has.
+    pub(crate) async fn sleep(&self, group: GroupId, to: NodeId, sleep: &Sleep, timeout: Duration) -> bool {
+        let link = Link { group, target: to, peers: self.clone() };
+        link.call(RaftKind::Sleep, sleep, timeout).await.unwrap_or(false)
     }
 
     /// Notes where a node listens for gRPC.

@@ -2,11 +2,11 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use ractor_cluster::RactorMessage;
-use shoal_engine::command::{Answer, Read};
+use shoal_engine::command::{Answer, FileRecord, Read};
 use shoal_proto::{CollectionConfig, ShardId};
 
 use crate::blobs::{self, BlobStore};
@@ -14,16 +14,16 @@ use crate::cluster::{Cluster, LocalShard};
 use crate::limits;
 use crate::replica::Replica;
 
-/// How often a replica is tended when it has nothing to do.
+/// How often a replica is tended while something is going on in it.
 const TICK: Duration = Duration::from_millis(200);
+/// How often a replica is tended that nothing was written to since the last time.
+const QUIET_TICK: Duration = Duration::from_secs(1);
 /// The pause between two slices of background work, so that searches get the graphs' locks.
 const BUSY_TICK: Duration = Duration::from_millis(1);
-/// Every so many ticks a replica looks for blobs that it should hold and does not.
-const BLOB_TICKS: u64 = 50;
+/// How often a replica looks for blobs that it should hold and does not.
+const BLOBS_EVERY: Duration = Duration::from_secs(10);
 /// The most blobs fetched in one go.
 const BLOBS_AT_ONCE: usize = 16;
-/// Every so many ticks the leader looks after the group's membership.
-const STEER_TICKS: u64 = 3;
 
 pub(super) struct Shard;
 
@@ -46,7 +46,10 @@ pub(super) struct ShardState {
     cluster: Cluster,
     blobs: BlobStore,
     local: LocalShard,
-    ticks: u64,
+    /// The last index that was applied when the replica was tended last.
+    seen: u64,
+    blobs_seen: Instant,
+    blob_turn: std::ops::RangeFrom<usize>,
 }
 
 impl Actor for Shard {
@@ -74,7 +77,7 @@ impl Actor for Shard {
         let local = LocalShard { shard, group };
         cluster.add_local(id, local.clone());
         myself.cast(ShardMessage::Tick)?;
-        Ok(ShardState { id, cluster, blobs, local, ticks: 0 })
+        Ok(ShardState { id, cluster, blobs, local, seen: 0, blobs_seen: Instant::now(), blob_turn: 0.. })
     }
 
     async fn handle(
@@ -91,45 +94,66 @@ impl Actor for Shard {
 
 impl ShardState {
     async fn tick(&mut self, myself: &ActorRef<ShardMessage>) -> Result<(), ActorProcessingErr> {
-        self.ticks += 1;
-        if self.local.group.status().role == "stopped" {
+        if self.local.group.is_stopped() {
             return Err("its Raft group has stopped".into());
         }
         let shard = self.local.shard.clone();
-        let more = tokio::task::spawn_blocking(move || shard.work()).await??;
+        let more = shard.has_work() && tokio::task::spawn_blocking(move || shard.work()).await??;
         if self.local.group.log_bytes() > limits::CHECKPOINT_LOG_BYTES {
             self.local.group.checkpoint().await?;
         }
-        if self.ticks.is_multiple_of(STEER_TICKS) && self.local.group.is_leader() {
-            self.steer().await;
-        }
-        if self.ticks.is_multiple_of(BLOB_TICKS) {
+        let is_steering = self.local.group.is_leader() && self.steer().await;
+        if self.blobs_seen.elapsed() >= BLOBS_EVERY {
             self.fetch_missing_blobs().await;
+            self.blobs_seen = Instant::now();
         }
-        myself.send_after(if more { BUSY_TICK } else { TICK }, || ShardMessage::Tick);
+        let applied = self.local.group.applied();
+        let is_quiet = applied == self.seen && !is_steering;
+        self.seen = applied;
+        if is_quiet {
+            self.local.group.rest().await;
+        }
+        let pause = if more {
+            BUSY_TICK
+        } else if is_quiet {
+            QUIET_TICK
+        } else {
+            TICK
+        };
+        myself.send_after(pause, || ShardMessage::Tick);
         Ok(())
     }
 
     /// A replica that was added later, or took a lost disk's place, has the records of files but
     /// not their bytes: it fetches them from the others.
-    async fn fetch_missing_blobs(&self) {
+    async fn fetch_missing_blobs(&mut self) {
         let shard = self.local.shard.clone();
         let listed = tokio::task::spawn_blocking(move || shard.read(&Read::ListFiles)).await;
-        let Ok(Ok(Answer::Files(files))) = listed else { return };
-        let missing = files.into_iter().filter(|file| !self.blobs.contains(self.id, file.blob));
-        for file in missing.take(BLOBS_AT_ONCE) {
+        let Ok(Ok((_, Answer::Files(files)))) = listed else { return };
+        let mut missing: Vec<FileRecord> =
+            files.into_iter().filter(|file| !self.blobs.contains(self.id, file.blob)).collect();
+        // Begins elsewhere each time, so that some that nobody has do not keep the others back.
+        let turn = self.blob_turn.next().unwrap_or_default() * BLOBS_AT_ONCE;
+        let start = turn.checked_rem(missing.len()).unwrap_or_default();
+        missing.rotate_left(start);
+        for file in missing.into_iter().take(BLOBS_AT_ONCE) {
             if let Err(error) = blobs::fetch(&self.cluster, &self.blobs, self.id, file.blob).await {
                 tracing::warn!(shard = self.id.0, %error, "a missing blob will be fetched later");
             }
         }
     }
 
-    /// Leads the group's membership one step towards what the control group wants.
-    async fn steer(&self) {
+    /// Leads the group's membership one step towards what the control group wants. Returns
+    /// whether there is more to do.
+    async fn steer(&self) -> bool {
         let state = self.cluster.state();
-        let Some(shard) = state.shards.get(&self.id) else { return };
-        if let Err(error) = self.local.group.steer_members(&shard.replicas, &shard.replicas).await {
-            tracing::debug!(shard = self.id.0, %error, "the membership will be led on later");
+        let Some(shard) = state.shards.get(&self.id) else { return false };
+        match self.local.group.steer_members(&shard.replicas, &shard.replicas).await {
+            Ok(is_done) => !is_done,
+            Err(error) => {
+                tracing::debug!(shard = self.id.0, %error, "the membership will be led on later");
+                true
+            }
         }
     }
 }

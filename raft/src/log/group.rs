@@ -5,6 +5,7 @@ use std::fmt::Debug;
 use std::io;
 use std::ops::{Bound, RangeBounds};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use openraft::entry::RaftEntry;
 use openraft::storage::{IOFlushed, RaftLogStorage};
@@ -48,6 +49,35 @@ pub struct GroupLog {
     store: LogStore,
     group: u64,
     state: Arc<Mutex<State>>,
+    company: Arc<Company>,
+}
+
+/// Whether the last membership in a log has more than one voter. It is noted before that
+/// membership can reach any other node, so that who reads "alone" knows that nobody else can
+/// have been elected since.
+#[derive(Default)]
+pub(crate) struct Company(AtomicU8);
+
+impl Company {
+    const ALONE: u8 = 1;
+    const NOT_ALONE: u8 = 2;
+
+    /// Notes the number of voters of a membership that is about to be appended.
+    fn note(&self, voters: usize) {
+        self.0.store(if voters == 1 { Self::ALONE } else { Self::NOT_ALONE }, Ordering::SeqCst);
+    }
+
+    /// Notes the membership that a log was opened with, unless a newer one was noted.
+    pub(crate) fn note_first(&self, voters: usize) {
+        let first = if voters == 1 { Self::ALONE } else { Self::NOT_ALONE };
+        // Whatever was noted in between is newer.
+        _ = self.0.compare_exchange(0, first, Ordering::SeqCst, Ordering::SeqCst);
+    }
+
+    /// Whether the last membership has one voter.
+    pub(crate) fn is_alone(&self) -> bool {
+        self.0.load(Ordering::SeqCst) == Self::ALONE
+    }
 }
 
 impl GroupLog {
@@ -68,7 +98,7 @@ impl GroupLog {
             get(record::TAIL).await?.map(|bytes| record::from_bytes(&bytes)).transpose()?;
         state.tail_is_cut = tail.is_some();
         let span = store.ask(|reply| Op::Span { group, reply }).await?;
-        let log = GroupLog { store, group, state: Arc::default() };
+        let log = GroupLog { store, group, state: Arc::default(), company: Arc::default() };
         state.last = state.purged;
         if let Some((first, last)) = span {
             let last = tail.map_or(last, |tail| tail.min(last));
@@ -84,6 +114,11 @@ impl GroupLog {
     /// Bytes of entries appended since the last purge (since the start, after a restart).
     pub fn live_bytes(&self) -> u64 {
         self.state.lock().live_bytes
+    }
+
+    /// Whether the last membership in the log has more than one voter.
+    pub(crate) fn company(&self) -> &Company {
+        &self.company
     }
 
     async fn read_stored(&self, first: u64, end: u64) -> io::Result<Vec<Entry>> {
@@ -214,6 +249,9 @@ impl RaftLogStorage<TypeConfig> for GroupLog {
         let clear_tail = {
             let mut state = self.state.lock();
             for entry in entries {
+                if let EntryPayload::Membership(membership) = &entry.payload {
+                    self.company.note(membership.voter_ids().count());
+                }
                 let bytes = size_of_entry(&entry);
                 state.cached_bytes += bytes;
                 state.live_bytes += bytes as u64;
