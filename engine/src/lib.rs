@@ -34,6 +34,7 @@ mod error;
 mod keys;
 pub mod payload;
 pub mod read;
+mod rows;
 pub mod shard;
 pub mod state;
 pub mod store;

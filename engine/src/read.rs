@@ -20,6 +20,13 @@ use crate::vectors::{GRAPH_MIN_VECTORS, Scored};
 /// keeps more goes through the graph with the filter as a mask.
 pub const SCORE_ALL_POINTS: u64 = 8_000;
 
+/// The most hits of a question that counts as cheap.
+const CHEAP_HITS: usize = 100;
+/// The most numbers that a cheap question scans: about 200 microseconds of work.
+const CHEAP_SCAN: u64 = 1 << 20;
+/// The most candidates in a graph that a cheap question asks for.
+const CHEAP_EF: usize = 256;
+
 /// The points that a filter may keep.
 pub(crate) struct Candidates {
     /// Live slots: a superset of those that match.
@@ -79,6 +86,32 @@ impl State {
         }
     }
 
+    /// Whether a question takes at most a few hundred microseconds: a few points by id, or a
+    /// search of the graphs without a filter while little waits to be taken in by them.
+    pub(crate) fn is_cheap(&self, question: &Read) -> bool {
+        match question {
+            Read::Get { ids, .. } => ids.len() <= CHEAP_HITS,
+            Read::ListDocuments(Some(DocumentState::InProgress)) => self.in_progress.len() <= CHEAP_HITS,
+            Read::Count { filter: None } | Read::GetFile(_) | Read::GetDocument(_) => true,
+            Read::Search(Search { legs, filter: None, limit, .. }) => {
+                legs.len() == 1 && *limit <= CHEAP_HITS && legs.iter().all(|leg| self.is_cheap_leg(leg))
+            }
+            _ => false,
+        }
+    }
+
+    fn is_cheap_leg(&self, leg: &Leg) -> bool {
+        let (using, exact, ef) = match leg {
+            Leg::Dense { using, exact, ef, .. } => (using, *exact, *ef),
+            Leg::Near { using, .. } => (using, false, None),
+            Leg::Text { .. } => return false,
+        };
+        let Some(index) = self.vectors.get(using) else { return true };
+        let (indexed, pending) = index.sizes();
+        let scanned = pending + if exact { indexed } else { 0 };
+        scanned * index.params().size as u64 <= CHEAP_SCAN && ef.is_none_or(|ef| ef <= CHEAP_EF)
+    }
+
     fn slot_of(&self, id: PointId) -> Result<Option<u32>> {
         self.slot_in(&crate::store::Batch::default(), id)
     }
@@ -101,7 +134,7 @@ impl State {
                     let slot = self
                         .slot_of(*id)?
                         .ok_or_else(|| Error::not_found(format!("No point with id {id} found")))?;
-                    let vector = read_vector(&self.store, slot, using)?.ok_or_else(|| {
+                    let vector = self.vector(slot, using)?.ok_or_else(|| {
                         Error::invalid("using", format!("point {id} has no vector `{using}`"))
                     })?;
                     let (distance, mut scored) =
@@ -157,7 +190,7 @@ impl State {
         for candidate in found {
             // Graph scores carry the error of the graph's number format: the stored vector
             // gives the score that every replica gives.
-            if let Some(stored) = read_vector(&self.store, candidate.slot, using)? {
+            if let Some(stored) = self.vector(candidate.slot, using)? {
                 scored.push(Scored { slot: candidate.slot, score: score(distance, &query, &stored) });
             }
         }
@@ -226,6 +259,19 @@ impl State {
         Ok(record.is_some_and(|record| filter.matches(record.id, &record.payload_map())))
     }
 
+    /// A stored vector: its row in the flat file, or else what the store has.
+    fn vector(&self, slot: u32, name: &str) -> Result<Option<Vec<f32>>> {
+        let Some(index) = self.vectors.get(name) else { return Ok(None) };
+        if let Some(row) = index.row(slot) {
+            return Ok(Some(row));
+        }
+        let stored = read_vector(&self.store, slot, name)?;
+        if let Some(vector) = &stored {
+            index.keep_row(slot, vector);
+        }
+        Ok(stored)
+    }
+
     fn hit(&self, slot: u32, score: f32, payload: &Select, vectors: &Select) -> Result<Option<Hit>> {
         let Some(record) = read_point(&self.store, slot)? else { return Ok(None) };
         let vectors = match vectors {
@@ -233,7 +279,7 @@ impl State {
             wanted => {
                 let mut found = Vec::new();
                 for name in self.config.vectors.keys().filter(|name| selects(wanted, name)) {
-                    found.extend(read_vector(&self.store, slot, name)?.map(|vector| (name.clone(), vector)));
+                    found.extend(self.vector(slot, name)?.map(|vector| (name.clone(), vector)));
                 }
                 Some(found)
             }

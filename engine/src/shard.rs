@@ -100,9 +100,19 @@ impl Shard {
         Ok(outcomes)
     }
 
-    /// Answers a question from what is applied.
-    pub fn read(&self, question: &Read) -> Result<Answer> {
-        self.state.read().read(question)
+    /// Answers a question from what is applied, with the index of the last entry that the answer
+    /// reflects (zero when nothing was applied since the start).
+    pub fn read(&self, question: &Read) -> Result<(u64, Answer)> {
+        let state = self.state.read();
+        Ok((state.applied, state.read(question)?))
+    }
+
+    /// Answers a cheap question at once, with the index of the last entry that it reflects.
+    /// None when the answer may take longer than a few hundred microseconds, or when an entry is
+    /// being applied: then [`Shard::read`] is to be called where blocking is allowed.
+    pub fn try_read(&self, question: &Read) -> Option<Result<(u64, Answer)>> {
+        let state = self.state.try_read()?;
+        state.is_cheap(question).then(|| Ok((state.applied, state.read(question)?)))
     }
 
     /// The tag of the last applied entry.
@@ -125,17 +135,27 @@ impl Shard {
         Ok(tag)
     }
 
+    /// Whether [`Shard::work`] would find something to do, as far as can be seen at once.
+    pub fn has_work(&self) -> bool {
+        let Some(state) = self.state.try_read() else { return true };
+        let text_waits = state.text.as_ref().is_some_and(|text| text.waiting() >= COMMIT_DOCUMENTS);
+        let vectors_wait =
+            |vectors: &Arc<Vectors>| vectors.has_work() || vectors.wants_compaction(&state.live);
+        text_waits || state.vectors.values().any(vectors_wait)
+    }
+
     /// Does one step of background work: moves vectors into graphs, commits text. Returns
     /// whether there is more to do at once.
     pub fn work(&self) -> Result<bool> {
         let Some(_guard) = self.background.try_lock() else { return Ok(false) };
         let derived = self.derived();
         for vectors in &derived.vectors {
-            if vectors.has_work() {
-                let live = self.state.read().live.clone();
-                if vectors.index_some(&|slot| live.contains(slot))? {
-                    return Ok(true);
-                }
+            if !vectors.has_work() && !vectors.wants_compaction(&self.state.read().live) {
+                continue;
+            }
+            let live = self.state.read().live.clone();
+            if vectors.index_some(&|slot| live.contains(slot))? || vectors.compact_some(&live)? {
+                return Ok(true);
             }
         }
         if derived.text.as_ref().is_some_and(|text| text.waiting() >= COMMIT_DOCUMENTS) {
@@ -170,7 +190,7 @@ impl Shard {
     pub fn export(&self) -> Result<(Option<Vec<u8>>, ExportCursor)> {
         // No write runs while the cursor is made.
         let state = self.state.write();
-        Ok((state.store.get(keys::TAG)?, state.store.export()))
+        Ok((state.store.get(keys::TAG)?, state.store.export()?))
     }
 
     /// Replaces the state by an export in a file of frames (length, CRC-32, piece). A crash

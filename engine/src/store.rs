@@ -6,6 +6,9 @@
 //!   that it never syncs.
 //! - sled's own `flush` does not reach the disk for certain (it ends in `sync_file_range`), so
 //!   only [`Store::checkpoint`], which adds our own fsyncs, makes anything durable.
+//! - What is committed waits in memory until it is worth a batch of its own: sled writes its
+//!   buffer out before and after each batch, which costs more than a small batch itself. Nothing
+//!   is durable before the next checkpoint in either place.
 //! - An [`ExportCursor`] is a consistent copy that is read while writes go on: before a write
 //!   changes a key that the cursor has not reached yet, the old value is set aside for it.
 
@@ -14,17 +17,23 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 
 use crate::error::{Error, Result};
 
 /// Larger values are stored in parts of this many bytes. A sled page holds up to 16 values and
 /// must stay well under a quarter of a segment.
-pub const PART_BYTES: usize = 24 << 10;
+pub const PART_BYTES: usize = 12 << 10;
 /// sled's segment size, in bytes: a quarter of it bounds a page.
-const SEGMENT_BYTES: usize = 2 << 20;
+const SEGMENT_BYTES: usize = 1 << 20;
 /// Bytes that sled may cache per shard.
 const CACHE_BYTES: u64 = 64 << 20;
+/// How often sled's own thread syncs its file and collects garbage, in milliseconds. Nothing
+/// relies on it for durability, and its fsync competes with the Raft log's.
+const FLUSH_EVERY_MS: u64 = 10_000;
+/// Bytes that wait in memory before they go to sled as one batch. sled lets no read through while
+/// it applies a batch, so this bounds a pause of about a millisecond.
+const BUFFER_BYTES: usize = 256 << 10;
 /// Keys read at a time by an export.
 const EXPORT_STEP: usize = 256;
 /// Bytes after which an export's piece is handed out.
@@ -58,9 +67,17 @@ impl Batch {
     }
 }
 
+/// What was committed and is not in sled yet.
+#[derive(Default)]
+struct Buffer {
+    batch: Batch,
+    bytes: usize,
+}
+
 /// A checked key-value store in one directory.
 pub struct Store {
     db: sled::Db,
+    buffer: RwLock<Buffer>,
     dir: PathBuf,
     exports: Arc<Mutex<Vec<Weak<Mutex<ExportState>>>>>,
 }
@@ -75,13 +92,17 @@ impl Store {
             .cache_capacity(CACHE_BYTES)
             .segment_size(SEGMENT_BYTES)
             .mode(sled::Mode::HighThroughput)
-            .flush_every_ms(Some(500))
+            .flush_every_ms(Some(FLUSH_EVERY_MS))
             .open()?;
-        Ok(Store { db, dir: dir.to_owned(), exports: Arc::default() })
+        Ok(Store { db, buffer: RwLock::default(), dir: dir.to_owned(), exports: Arc::default() })
     }
 
     /// The value of a key.
     pub fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>> {
+        let buffer = self.buffer.read();
+        if let Some(waiting) = buffer.batch.get(key) {
+            return Ok(waiting.map(<[u8]>::to_vec));
+        }
         match self.db.get(key)? {
             Some(stored) => self.open_value(key, &stored).map(Some),
             None => Ok(None),
@@ -90,7 +111,8 @@ impl Store {
 
     /// All keys with a prefix, in order, with their values.
     pub fn scan<'a>(&'a self, prefix: &[u8]) -> impl Iterator<Item = Result<(Vec<u8>, Vec<u8>)>> + 'a {
-        self.db.scan_prefix(prefix).map(|item| self.open_item(item))
+        let flushed = self.flush().err().map(Err);
+        flushed.into_iter().chain(self.db.scan_prefix(prefix).map(|item| self.open_item(item)))
     }
 
     /// All keys from `start` on that have a prefix, in order, with their values.
@@ -99,10 +121,12 @@ impl Store {
         prefix: &'a [u8],
         start: Vec<u8>,
     ) -> impl Iterator<Item = Result<(Vec<u8>, Vec<u8>)>> + 'a {
-        self.db
+        let found = self
+            .db
             .range(start..)
             .take_while(move |item| item.as_ref().map_or(true, |(key, _)| key.starts_with(prefix)))
-            .map(|item| self.open_item(item))
+            .map(|item| self.open_item(item));
+        self.flush().err().map(Err).into_iter().chain(found)
     }
 
     fn open_item(&self, item: sled::Result<(sled::IVec, sled::IVec)>) -> Result<(Vec<u8>, Vec<u8>)> {
@@ -113,6 +137,24 @@ impl Store {
 
     /// Applies a batch as one atomic step. It is not durable before the next checkpoint.
     pub fn commit(&self, batch: Batch) -> Result<()> {
+        let mut buffer = self.buffer.write();
+        for (key, value) in batch.puts {
+            buffer.bytes += key.len() + value.as_ref().map_or(0, Vec::len);
+            buffer.batch.puts.insert(key, value);
+        }
+        if buffer.bytes >= BUFFER_BYTES { self.write_out(&mut buffer) } else { Ok(()) }
+    }
+
+    /// Hands what waits in memory to sled.
+    fn flush(&self) -> Result<()> {
+        if self.buffer.read().batch.puts.is_empty() {
+            return Ok(());
+        }
+        self.write_out(&mut self.buffer.write())
+    }
+
+    fn write_out(&self, buffer: &mut Buffer) -> Result<()> {
+        let Buffer { batch, .. } = std::mem::take(buffer);
         self.preserve(&batch)?;
         let mut writes = sled::Batch::default();
         for (key, value) in batch.puts {
@@ -161,6 +203,7 @@ impl Store {
     /// Makes everything committed so far durable: sled's flush, then our own fsyncs of the
     /// files that it does not sync (see `sled#1452`). Blobs go before the log that names them.
     pub fn checkpoint(&self) -> Result<()> {
+        self.flush()?;
         self.db.flush()?;
         let blobs = self.dir.join("blobs");
         if blobs.is_dir() {
@@ -186,12 +229,13 @@ impl Store {
     }
 
     /// Fixes a consistent copy of everything. No write may run during this call.
-    pub fn export(&self) -> ExportCursor {
+    pub fn export(&self) -> Result<ExportCursor> {
+        self.flush()?;
         let state = Arc::new(Mutex::new(ExportState::default()));
         let mut exports = self.exports.lock();
         exports.retain(|export| export.strong_count() > 0);
         exports.push(Arc::downgrade(&state));
-        ExportCursor { db: self.db.clone(), state, exports: self.exports.clone() }
+        Ok(ExportCursor { db: self.db.clone(), state, exports: self.exports.clone() })
     }
 
     /// Sets old values aside for the exports that have not reached them yet.
@@ -401,6 +445,7 @@ mod tests {
         put(&store, &[("k1", Some(vec![9]))]);
         put(&store, &[("k2", None)]);
         assert_eq!(store.get(b"k1").expect("readable"), Some(vec![9]));
+        store.flush().expect("flushes");
         assert_eq!(store.db.len(), 1, "old parts are gone");
     }
 
@@ -409,6 +454,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("a directory");
         let store = Store::open(dir.path()).expect("opens");
         put(&store, &[("k1", Some(b"value".to_vec()))]);
+        store.flush().expect("flushes");
         let mut stored = store.db.get(b"k1").expect("readable").expect("there").to_vec();
         stored[7] ^= 1;
         store.db.insert(b"k1", stored).expect("writable");
@@ -424,7 +470,7 @@ mod tests {
         }
         put(&store, &[("k00007", Some(vec![2; 60_000]))]);
         let before = all(&store);
-        let export = store.export();
+        let export = store.export().expect("fixed");
         let mut pieces = vec![export.next_piece().expect("readable").expect("not empty")];
         for number in (0..3000u32).step_by(3) {
             put(

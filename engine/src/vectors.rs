@@ -8,10 +8,13 @@
 //! The graphs are derived and never the authority: a vector is searchable the moment its write
 //! is applied, because what no graph has taken in yet is scanned. A small shard never gets a
 //! graph and is always searched exactly. Keys in the graphs are slots: a point that is written
-//! again gets a new slot, so a graph never changes a vector, and dead slots are masked.
+//! again gets a new slot, so a graph never changes a vector, and dead slots are masked until a
+//! graph of which most is dead is built anew ([`compact`]).
 //!
 //! usearch 2.26 must not search while it adds (its base layer is read without locks), so each
 //! graph sits behind a lock that the indexer takes for a few adds at a time.
+
+mod compact;
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -19,13 +22,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use parking_lot::RwLock;
+use compact::{Compaction, number_and_round, remove_graph};
+use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
+use parking_lot::{Mutex, RwLock};
 use roaring::RoaringBitmap;
 use shoal_proto::{Distance, GraphType, VectorParams};
 use usearch::{Index, IndexOptions, MetricKind, ScalarKind};
 
 use crate::distance::{is_nearer, score};
 use crate::error::{Error, Result};
+use crate::rows::Rows;
 use crate::store::sync_dir;
 
 /// Below this many vectors a shard has no graph.
@@ -68,8 +74,10 @@ struct Graph {
 pub struct Vectors {
     params: VectorParams,
     dir: PathBuf,
+    rows: Rows,
     pending: RwLock<VecDeque<Arc<RwLock<Block>>>>,
     graphs: RwLock<Vec<Arc<Graph>>>,
+    compaction: Mutex<Option<Compaction>>,
 }
 
 impl Vectors {
@@ -80,8 +88,16 @@ impl Vectors {
         let mut graphs = Vec::new();
         let mut names: Vec<PathBuf> =
             std::fs::read_dir(dir)?.map(|entry| entry.map(|entry| entry.path())).collect::<Result<_, _>>()?;
-        names.sort();
-        for file in names.iter().filter(|path| path.extension().is_some_and(|end| end == "graph")) {
+        names.retain(|path| path.extension().is_some_and(|end| end == "graph"));
+        names.sort_by_key(|path| number_and_round(path));
+        // A crash while a graph was built anew may have left both.
+        for pair in names.windows(2) {
+            if number_and_round(&pair[0]).0 == number_and_round(&pair[1]).0 && note_path(&pair[1]).exists() {
+                remove_graph(&pair[0])?;
+            }
+        }
+        names.retain(|path| path.exists());
+        for file in &names {
             match Graph::load(file, &params) {
                 Ok(graph) => graphs.push(Arc::new(graph)),
                 Err(error) => {
@@ -90,7 +106,10 @@ impl Vectors {
                 }
             }
         }
-        Ok(Vectors { params, dir: dir.to_owned(), pending: RwLock::default(), graphs: RwLock::new(graphs) })
+        let rows = Rows::open(&dir.join("rows"), params.size)?;
+        let (pending, graphs) = (RwLock::default(), RwLock::new(graphs));
+        let compaction = Mutex::new(None);
+        Ok(Vectors { params, dir: dir.to_owned(), rows, pending, graphs, compaction })
     }
 
     /// The schema.
@@ -107,8 +126,19 @@ impl Vectors {
         covered
     }
 
+    /// The stored vector of a slot, if it can be had without the store.
+    pub(crate) fn row(&self, slot: u32) -> Option<Vec<f32>> {
+        self.rows.get(slot)
+    }
+
+    /// Keeps a vector that had to be read from the store.
+    pub(crate) fn keep_row(&self, slot: u32, vector: &[f32]) {
+        self.rows.put(slot, vector);
+    }
+
     /// Takes in a vector; it is searchable when this returns.
     pub fn add(&self, slot: u32, vector: &[f32]) {
+        self.rows.put(slot, vector);
         let mut pending = self.pending.write();
         let open = pending.back().filter(|block| block.read().slots.len() < BLOCK_VECTORS).cloned();
         let block = open.unwrap_or_else(|| {
@@ -178,7 +208,8 @@ impl Vectors {
             return Ok(graph);
         }
         self.save(true)?;
-        let number = self.graphs.read().len();
+        let numbers = self.graphs.read().iter().map(|graph| number_and_round(&graph.file).0 + 1).max();
+        let number = numbers.unwrap_or(0);
         let graph = Arc::new(Graph::create(&self.dir.join(format!("{number:06}.graph")), &self.params)?);
         self.graphs.write().push(graph.clone());
         Ok(graph)
@@ -238,13 +269,13 @@ impl Vectors {
         let mut top = Top::new(self.params.distance, kept);
         // What waits comes first: a block leaves it only after a graph has taken it in.
         self.scan_pending(query, &|slot| allowed.contains(slot), &mut top);
-        let mut vector = vec![0f32; self.params.size];
+        let mut row = Row::new(&self.params);
         for graph in self.graphs.read().iter() {
             let here = &*graph.slots.read() & allowed;
             let index = graph.index.read();
             for slot in here {
-                if index.get(u64::from(slot), &mut vector).map_err(graph_error)? == 1 {
-                    top.offer(slot, score(self.params.distance, query, &vector));
+                if let Some(vector) = row.read(&index, slot)? {
+                    top.offer(slot, score(self.params.distance, query, vector));
                 }
             }
         }
@@ -268,6 +299,36 @@ impl Vectors {
             Distance::Euclid => distance.max(0.0).sqrt(),
             Distance::Manhattan => distance,
         }
+    }
+}
+
+/// One vector at a time out of a graph. Half floats are taken as they are and widened here:
+/// usearch widens them one by one in software, which costs ten times the scoring.
+struct Row {
+    is_half: bool,
+    raw: Vec<i16>,
+    bits: Vec<u16>,
+    vector: Vec<f32>,
+}
+
+impl Row {
+    fn new(params: &VectorParams) -> Row {
+        let is_half = params.graph == GraphType::F16;
+        let halves = if is_half { params.size } else { 0 };
+        Row { is_half, raw: vec![0; halves], bits: vec![0; halves], vector: vec![0.0; params.size] }
+    }
+
+    fn read(&mut self, index: &Index, slot: u32) -> Result<Option<&[f32]>> {
+        let key = u64::from(slot);
+        let found = if self.is_half {
+            let found = index.get(key, usearch::f16::from_mut_i16s(&mut self.raw));
+            self.bits.iter_mut().zip(&self.raw).for_each(|(bits, raw)| *bits = raw.cast_unsigned());
+            self.bits.reinterpret_cast::<half::f16>().convert_to_f32_slice(&mut self.vector);
+            found
+        } else {
+            index.get(key, &mut self.vector)
+        };
+        Ok((found.map_err(graph_error)? == 1).then_some(self.vector.as_slice()))
     }
 }
 

@@ -194,7 +194,7 @@ impl Rig {
     }
 
     fn check(&self) {
-        let read = |question: Read| self.shard().read(&question).expect("answers");
+        let read = |question: Read| self.shard().read(&question).expect("answers").1;
         let all = Read::Scroll {
             from: None,
             filter: None,
@@ -328,7 +328,7 @@ fn graphs_find_what_the_exact_scan_finds_across_restarts() {
         let legs = vec![Leg::Dense { using: String::new(), vector: vector.to_vec(), exact, ef: None }];
         let (payload, vectors) = (Select::Nothing, Select::Nothing);
         let search = Search { legs, filter: None, limit: 10, score_threshold: None, payload, vectors };
-        let Answer::Lists(lists) = shard.read(&Read::Search(search)).expect("answers") else {
+        let (_, Answer::Lists(lists)) = shard.read(&Read::Search(search)).expect("answers") else {
             panic!("not lists")
         };
         lists[0].iter().map(|hit| hit.id).collect()
@@ -344,7 +344,7 @@ fn graphs_find_what_the_exact_scan_finds_across_restarts() {
     let queries: Vec<Vec<f32>> = (0..50).map(|_| vector()).collect();
     assert!(recall(&shard, &queries) == 1.0, "before any graph, everything is exact");
     while shard.work().expect("works") {}
-    let Answer::Stats(stats) = shard.read(&Read::Stats).expect("answers") else { panic!("not stats") };
+    let (_, Answer::Stats(stats)) = shard.read(&Read::Stats).expect("answers") else { panic!("not stats") };
     assert!(stats.indexed_vectors > 4000, "{stats:?}");
     assert!(recall(&shard, &queries) > 0.9);
     // Deleted points are never found, neither in the graph nor outside it.
@@ -354,9 +354,10 @@ fn graphs_find_what_the_exact_scan_finds_across_restarts() {
     shard.apply(vec![Entry { index: 51, tag: vec![2], command: Some(command) }]).expect("applies");
     assert!(search(&shard, &queries[0], false).iter().all(|id| !gone.contains(id)));
     shard.save_derived(true).expect("saves");
+    shard.checkpoint().expect("makes durable");
     drop(shard);
     let shard = Shard::open(dir.path(), config).expect("opens again");
-    let Answer::Stats(again) = shard.read(&Read::Stats).expect("answers") else { panic!("not stats") };
+    let (_, Answer::Stats(again)) = shard.read(&Read::Stats).expect("answers") else { panic!("not stats") };
     assert!(again.indexed_vectors >= stats.indexed_vectors, "the saved graph is used: {again:?}");
     assert!(recall(&shard, &queries) > 0.9);
     assert!(search(&shard, &queries[0], false).iter().all(|id| !gone.contains(id)));
