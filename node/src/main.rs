@@ -21,6 +21,11 @@ fn main() -> ExitCode {
     if std::env::args().nth(1).as_deref() == Some(shoal_actors::parse::CHILD_COMMAND) {
         return ExitCode::from(shoal_actors::parse::child::main() as u8);
     }
+    #[expect(unsafe_code, reason = "see the function")]
+    // SAFETY: no other thread runs yet.
+    unsafe {
+        shoal_actors::embed::use_one_candle_thread();
+    }
     rustls::crypto::ring::default_provider().install_default().expect("no provider is installed before main");
     match cli::run(cli::Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,

@@ -6,6 +6,7 @@
 mod cache;
 mod http;
 mod local;
+mod ops;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -16,6 +17,20 @@ use shoal_proto::{EmbedderConfig, Error, ErrorCode};
 use cache::Cache;
 pub use http::{HttpModel, HttpModelConfig};
 pub use local::LocalModel;
+
+/// Keeps candle's own loops on one thread: its second one spins beside the matrix products, which
+/// have threads of their own, and makes a step on two cores half as slow again.
+///
+/// # Safety
+/// To be called before the process has a second thread: it sets an environment variable, which
+/// is the only way to tell candle.
+#[expect(unsafe_code, reason = "setting an environment variable is unsafe where threads may read it")]
+pub unsafe fn use_one_candle_thread() {
+    if std::env::var_os("CANDLE_NUM_THREADS").is_none() {
+        // SAFETY: the caller says that there is no other thread.
+        unsafe { std::env::set_var("CANDLE_NUM_THREADS", "1") };
+    }
+}
 
 /// What a text is: models such as E5 embed questions and passages differently.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]

@@ -4,7 +4,12 @@ use anyhow::Result;
 use clap::Parser;
 use shoal_tests::bench::{Args, run};
 
-#[tokio::main(flavor = "multi_thread", worker_threads = 2)]
-async fn main() -> Result<()> {
-    run(Args::parse()).await
+fn main() -> Result<()> {
+    #[expect(unsafe_code, reason = "see the function")]
+    // SAFETY: no other thread runs yet.
+    unsafe {
+        shoal_actors::embed::use_one_candle_thread();
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    runtime.block_on(run(Args::parse()))
 }
