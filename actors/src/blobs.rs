@@ -9,6 +9,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::Stream;
@@ -99,6 +100,53 @@ impl BlobStore {
         }
     }
 
+    /// The shards that have blobs here.
+    pub(crate) fn shards(&self) -> io::Result<Vec<ShardId>> {
+        let mut shards = Vec::new();
+        for entry in std::fs::read_dir(self.dir.as_path())? {
+            let name = entry?.file_name();
+            shards.extend(name.to_str().and_then(|name| name.parse().ok()).map(ShardId));
+        }
+        Ok(shards)
+    }
+
+    /// A shard's blobs that were written longer ago than `age`.
+    pub(crate) fn older_than(&self, shard: ShardId, age: Duration) -> io::Result<Vec<BlobHash>> {
+        let mut found = Vec::new();
+        for folder in std::fs::read_dir(self.dir.join(shard.to_string()))? {
+            for entry in std::fs::read_dir(folder?.path())? {
+                let entry = entry?;
+                let hash = entry.file_name().to_str().and_then(|name| name.parse().ok());
+                if let Some(hash) = hash.filter(|_| is_older(&entry.path(), age)) {
+                    found.push(hash);
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    /// Deletes a blob unless it was written anew since it was listed. Returns whether it did.
+    pub(crate) fn delete_older_than(
+        &self,
+        shard: ShardId,
+        hash: BlobHash,
+        age: Duration,
+    ) -> io::Result<bool> {
+        let path = self.path(shard, hash);
+        // Out of the way first: what an upload puts there from now on is not touched.
+        let doomed = path.with_extension("swept");
+        match std::fs::rename(&path, &doomed) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            renamed => renamed?,
+        }
+        if is_older(&doomed, age) {
+            std::fs::remove_file(doomed)?;
+            return Ok(true);
+        }
+        std::fs::rename(doomed, path)?;
+        Ok(false)
+    }
+
     /// Deletes one blob that nothing names any more.
     pub fn delete(&self, shard: ShardId, hash: BlobHash) -> io::Result<()> {
         match std::fs::remove_file(self.path(shard, hash)) {
@@ -106,6 +154,11 @@ impl BlobStore {
             _ => Ok(()),
         }
     }
+}
+
+fn is_older(path: &Path, age: Duration) -> bool {
+    let written = std::fs::metadata(path).and_then(|metadata| metadata.modified());
+    written.ok().and_then(|written| written.elapsed().ok()).is_some_and(|elapsed| elapsed > age)
 }
 
 impl Upload {

@@ -43,6 +43,7 @@ pub mod root;
 pub mod search;
 pub mod service;
 mod shards;
+mod sweep;
 pub mod work;
 
 pub use call::Consistency;

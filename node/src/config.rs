@@ -81,6 +81,9 @@ pub struct ServeArgs {
     /// Free bytes on the data directory's file system below which writes are refused.
     #[arg(long, env = "SHOAL_DISK_RESERVE")]
     pub disk_reserve: Option<u64>,
+    /// Seconds that a blob is kept that no file names (any more, or yet).
+    #[arg(long, env = "SHOAL_BLOB_GRACE_SECONDS")]
+    pub blob_grace_seconds: Option<u64>,
 }
 
 /// How log lines look.
@@ -138,6 +141,8 @@ pub struct Config {
     pub metrics_open: bool,
     /// Free bytes below which writes are refused.
     pub disk_reserve_bytes: u64,
+    /// Seconds that a blob is kept that no file names (any more, or yet).
+    pub blob_grace_seconds: u64,
     /// Raft timers and sizes.
     pub raft: RaftSettings,
     /// Limits of the HTTP edge.
@@ -237,6 +242,7 @@ impl Default for Config {
             log_level: "info".into(),
             metrics_open: false,
             disk_reserve_bytes: 256 << 20,
+            blob_grace_seconds: 3600,
             raft: RaftSettings::default(),
             limits: Limits::default(),
             parse: ParseLimits::default(),
@@ -342,6 +348,7 @@ impl Config {
         set(&mut self.raft.checkpoint_entries, &args.raft_checkpoint_entries);
         set(&mut self.raft.keep_entries, &args.raft_keep_entries);
         set(&mut self.disk_reserve_bytes, &args.disk_reserve);
+        set(&mut self.blob_grace_seconds, &args.blob_grace_seconds);
         self.insecure |= args.insecure;
         self.metrics_open |= args.metrics_open;
     }

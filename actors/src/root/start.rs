@@ -18,6 +18,7 @@ use crate::cluster::Cluster;
 use crate::control::Control;
 use crate::mesh::MeshArguments;
 use crate::service::{Identity, PeerService};
+use crate::sweep;
 use crate::work::{Work, WorkConfig};
 
 /// How often addresses are learned while nobody leads the control group.
@@ -44,6 +45,8 @@ pub struct NodeConfig {
     pub mesh: SocketAddr,
     /// Free bytes on the data directory's file system below which writes are refused.
     pub disk_reserve_bytes: u64,
+    /// How long a blob that no file names is kept.
+    pub blob_grace: Duration,
     /// Parsers and embedders.
     pub work: WorkConfig,
 }
@@ -104,8 +107,11 @@ pub async fn start(config: NodeConfig, peers: Peers, service: PeerService) -> Re
     keep_learning(&cluster, &peers, &config, &file.cluster_id);
     open_control(&cluster, control, &config, &file).await?;
     follow_state(&cluster, &peers, &config, noted);
+    let watched = cluster.groups().clone();
+    tokio::spawn(async move { watched.keep_watch().await });
     watch_disk(cluster.clone(), config.data.clone(), config.disk_reserve_bytes);
 
+    sweep::keep_sweeping(cluster.clone(), blobs.clone(), config.blob_grace);
     let work = Work::new(config.work.clone(), cluster.clone(), blobs.clone());
     let arguments = RootArguments {
         cluster: cluster.clone(),
