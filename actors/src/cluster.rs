@@ -468,9 +468,11 @@ impl Cluster {
                 };
                 let left = deadline.saturating_duration_since(Instant::now());
                 local.group.wait_applied(index, left).await?;
-                let applied = local.group.applied();
+                // What Raft knows may lag behind what the engine has applied, and after a start
+                // the other way round.
+                let known = local.group.applied();
                 Ok(match self.run_read(local.shard, question).await {
-                    Ok(answer) => Reply::Answered(applied, answer),
+                    Ok((applied, answer)) => Reply::Answered(applied.max(known), answer),
                     Err(error) => Reply::Failed(error),
                 })
             }
@@ -508,8 +510,14 @@ impl Cluster {
         }
     }
 
-    /// Runs a question on the blocking pool, a bounded number at a time.
-    async fn run_read(&self, shard: Arc<Shard>, question: Read) -> Result<Answer, Error> {
+    /// Answers a cheap question right here, and any other on the blocking pool, a bounded number
+    /// at a time: handing a search over costs more than most searches do.
+    async fn run_read(&self, shard: Arc<Shard>, question: Read) -> Result<(u64, Answer), Error> {
+        let panicked = || Error::internal("a read panicked; the replica's files may be damaged");
+        let cheap = std::panic::AssertUnwindSafe(|| shard.try_read(&question));
+        if let Some(answered) = std::panic::catch_unwind(cheap).map_err(|_| panicked())? {
+            return answered.map_err(Error::from);
+        }
         let waiting = self.inner.reads_waiting.fetch_add(1, Ordering::AcqRel);
         let permit = match waiting < limits::MAX_READS_WAITING {
             true => self.inner.reads.acquire().await.map_err(Error::internal),
@@ -520,7 +528,7 @@ impl Cluster {
         let answered = tokio::task::spawn_blocking(move || shard.read(&question)).await;
         match answered {
             Ok(answer) => answer.map_err(Error::from),
-            Err(_) => Err(Error::internal("a read panicked; the replica's files may be damaged")),
+            Err(_) => Err(panicked()),
         }
     }
 }

@@ -31,7 +31,7 @@ use crate::{FILES_COLLECTION, blobs, limits};
 /// How often new documents are looked for.
 const TICK: Duration = Duration::from_millis(100);
 /// Documents in work at once on one node.
-const MAX_DOCUMENTS: usize = 6;
+const MAX_DOCUMENTS: usize = 12;
 /// Attempts after which a document whose parser keeps being killed is failed.
 pub const MAX_PARSER_CRASHES: u32 = 3;
 /// Texts in one embedding batch, and chunks in one staged entry.
@@ -118,9 +118,17 @@ impl IngestsState {
                 continue;
             }
             let question = Read::ListDocuments(Some(DocumentState::InProgress));
-            let engine = local.shard.clone();
-            let answer = tokio::task::spawn_blocking(move || engine.read(&question)).await;
-            let Ok(Ok(Answer::Documents(documents))) = answer else { continue };
+            let answer = match local.shard.try_read(&question) {
+                Some(answer) => answer,
+                None => {
+                    let engine = local.shard.clone();
+                    match tokio::task::spawn_blocking(move || engine.read(&question)).await {
+                        Ok(answer) => answer,
+                        Err(_) => continue,
+                    }
+                }
+            };
+            let Ok((_, Answer::Documents(documents))) = answer else { continue };
             for document in documents {
                 let key = (shard, document.id, document.version);
                 if self.active.len() >= MAX_DOCUMENTS

@@ -140,7 +140,7 @@ async fn observe_shards(cluster: &shoal_actors::Cluster) {
     let (mut points, mut pending, mut documents) = (0, 0, [0u64; 4]);
     for local in cluster.local_shards().into_values() {
         let shard = local.shard.clone();
-        let Ok(Ok(Answer::Stats(stats))) =
+        let Ok(Ok((_, Answer::Stats(stats)))) =
             tokio::task::spawn_blocking(move || shard.read(&Read::Stats)).await
         else {
             continue;

@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use axum_server::Handle;
-use axum_server::tls_rustls::RustlsConfig;
+use axum_server::accept::NoDelayAcceptor;
+use axum_server::tls_rustls::{RustlsAcceptor, RustlsConfig};
 use hyper_util::rt::TokioTimer;
 use shoal_actors::bootstrap::Discovery;
 use shoal_actors::embed::{Embedders, HttpModel, LocalModel, Model};
@@ -79,11 +80,12 @@ async fn serve_http(app: App, handle: Handle<std::net::SocketAddr>) -> Result<()
         let tls = RustlsConfig::from_pem_file(&config.tls_cert, &config.tls_key)
             .await
             .context("TLS certificate and key")?;
-        let mut server = axum_server::from_tcp_rustls(listener, tls)?.handle(handle);
+        let acceptor = RustlsAcceptor::new(tls).acceptor(NoDelayAcceptor::new());
+        let mut server = axum_server::from_tcp(listener)?.acceptor(acceptor).handle(handle);
         server.http_builder().http1().timer(TokioTimer::new()).header_read_timeout(header_timeout);
         return Ok(server.serve(service).await?);
     }
-    let mut server = axum_server::from_tcp(listener)?.handle(handle);
+    let mut server = axum_server::from_tcp(listener)?.acceptor(NoDelayAcceptor::new()).handle(handle);
     server.http_builder().http1().timer(TokioTimer::new()).header_read_timeout(header_timeout);
     Ok(server.serve(service).await?)
 }
@@ -118,6 +120,7 @@ fn node_config(config: &Config, embedders: Embedders) -> NodeConfig {
         secret: config.secret(),
         mesh: config.mesh,
         disk_reserve_bytes: config.disk_reserve_bytes,
+        blob_grace: Duration::from_secs(config.blob_grace_seconds),
         work: WorkConfig {
             embedders,
             parse_limits: config.parse,

@@ -21,12 +21,15 @@ use axum::http::StatusCode;
 use axum::middleware::{from_fn, from_fn_with_state};
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::decompression::RequestDecompressionLayer;
-use tower_http::timeout::TimeoutLayer;
+use tower_http::timeout::{RequestBodyTimeoutLayer, TimeoutLayer};
 
 use crate::app::App;
 
 /// The longest that any request may take, uploads included, in seconds.
 const MAX_REQUEST_SECONDS: u64 = 600;
+
+/// The longest pause in the middle of a body: a client that sends nothing keeps nothing waiting.
+const MAX_BODY_PAUSE: Duration = Duration::from_secs(10);
 
 /// All routes.
 pub fn router(app: App) -> Router {
@@ -38,6 +41,7 @@ pub fn router(app: App) -> Router {
         .fallback(middleware::not_found)
         .method_not_allowed_fallback(middleware::method_not_allowed)
         .layer(DefaultBodyLimit::max(limits.body_bytes))
+        .layer(RequestBodyTimeoutLayer::new(MAX_BODY_PAUSE))
         // Limits hold for what a body inflates to.
         .layer(RequestDecompressionLayer::new())
         .layer(TimeoutLayer::with_status_code(
