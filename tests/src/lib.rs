@@ -27,6 +27,7 @@ pub mod node;
 pub mod points;
 pub mod ports;
 mod settled;
+pub mod shared;
 pub mod view;
 pub mod wait;
 pub mod writers;

@@ -1,7 +1,7 @@
 //! The vectors that are searched: real embeddings from `../shared/data`, or generated ones where
 //! that folder is absent, with the exact answers to every query.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::thread;
 
 use anyhow::{Context, Result, ensure};
@@ -9,6 +9,7 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
 use super::npy::Array;
+use crate::shared;
 
 /// Points of a run, and of a quick one.
 const POINTS: usize = 100_000;
@@ -28,14 +29,6 @@ pub(super) const TOP: usize = 10;
 /// Sums that are kept apart in a scalar product, so that the compiler may use wide registers.
 const LANES: usize = 16;
 
-/// The folder with the shared test data: `data` in `SHOAL_SHARED`, or in `../shared` as seen from
-/// the workspace.
-pub(super) fn folder() -> PathBuf {
-    let shared = std::env::var_os("SHOAL_SHARED").map(PathBuf::from);
-    let beside = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared");
-    shared.unwrap_or_else(beside).join("data")
-}
-
 /// Normalised vectors, queries, and the ids of the nearest vectors to each query. A vector's id is
 /// its place.
 pub(super) struct Vectors {
@@ -54,7 +47,7 @@ impl Vectors {
     pub(super) fn load(points: Option<usize>, quick: bool) -> Result<Vectors> {
         let wanted = points.unwrap_or(if quick { QUICK_POINTS } else { POINTS });
         ensure!(wanted >= MIN_POINTS, "--points must be at least {MIN_POINTS}");
-        let folder = folder().join("vectors");
+        let folder = shared::data().join("vectors");
         match folder.join("base_f16.npy").is_file() {
             true => Vectors::read(&folder, wanted).context("the shared vectors"),
             false => Ok(Vectors::generate(wanted.min(GENERATED_POINTS))),
@@ -104,7 +97,7 @@ impl Vectors {
         let source = format!(
             "{count} generated vectors in {GENERATED_CLUSTERS} clusters, {GENERATED_DIMENSION} dimensions: \
              NOT real embeddings, because {} is absent",
-            folder().display()
+            shared::data().display()
         );
         let mut vectors =
             Vectors { dimension: GENERATED_DIMENSION, base, queries, truth: Vec::new(), source };

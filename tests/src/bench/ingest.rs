@@ -13,13 +13,14 @@ use serde_json::{Value, json};
 use shoal_actors::embed::{LocalModel, TextKind};
 use tokio::task::block_in_place;
 
+use super::Pace;
 use super::load::words;
 use super::report::{Report, Row};
-use super::{Pace, data};
 use crate::client::Client;
 use crate::cluster::Cluster;
 use crate::documents::{Store, models};
 use crate::points::Freshness;
+use crate::shared;
 
 /// The model that a node uses unless it is told otherwise.
 const MODEL: &str = "multilingual-e5-small";
@@ -130,7 +131,7 @@ fn bare(models: &Path, documents: &[Vec<String>]) -> Result<Bare> {
 
 /// So many texts, and where they are from.
 fn texts(count: usize) -> Result<(Vec<String>, &'static str)> {
-    let file = data::folder().join("cranfield/corpus.jsonl");
+    let file = shared::data().join("cranfield/corpus.jsonl");
     if !file.is_file() {
         return Ok((generated(count), "generated text, because the Cranfield corpus is absent"));
     }

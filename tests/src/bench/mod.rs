@@ -2,7 +2,8 @@
 //! same work done without a node in the same run.
 //!
 //! ```text
-//!  Bench ─▶ search, memory, restart ─▶ Loaded (one node with all vectors, kept between the three)
+//!  Bench ─▶ engine (a shard in this process)
+//!        ─▶ search, memory, restart ─▶ Loaded (one node with all vectors, kept between the three)
 //!        ─▶ upsert, cluster, failover, ingest, idle ─▶ a fresh Cluster each
 //!        ─▶ Report: a row of a Markdown table per measurement, all raw numbers as JSON
 //! ```
@@ -12,6 +13,7 @@
 //! has the whole run. The load generator runs on the machine that it measures.
 
 mod data;
+mod engine;
 mod failover;
 mod graph;
 mod idle;
@@ -64,6 +66,8 @@ pub struct Args {
 /// A part of the run that can be asked for by name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Section {
+    /// The engine of a shard in this process.
+    Engine,
     /// Search over HTTP next to the same graph in process.
     Search,
     /// Memory of a node for each point.
@@ -83,8 +87,9 @@ enum Section {
 }
 
 impl Section {
-    /// In the order they run: the first three share a node.
-    const ALL: [Section; 8] = [
+    /// In the order they run: search, memory and restart share a node.
+    const ALL: [Section; 9] = [
+        Section::Engine,
         Section::Search,
         Section::Memory,
         Section::Restart,
@@ -98,6 +103,7 @@ impl Section {
     /// Its name, and how long it may take.
     fn plan(self) -> (&'static str, Duration) {
         let (name, seconds) = match self {
+            Section::Engine => ("engine", 240),
             Section::Search => ("search", 420),
             Section::Memory => ("memory", 300),
             Section::Restart => ("restart", 300),
@@ -197,6 +203,7 @@ impl Bench {
     async fn measure(&mut self, section: Section) -> Result<()> {
         let (pace, vectors, report) = (&self.pace, &self.vectors, &mut self.report);
         match section {
+            Section::Engine => block_in_place(|| engine::run(vectors, pace, report)),
             Section::Search => {
                 search::run(loaded_node(&mut self.loaded, vectors).await?, vectors, pace, report).await
             }
