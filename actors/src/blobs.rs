@@ -116,6 +116,11 @@ impl BlobStore {
         for folder in std::fs::read_dir(self.dir.join(shard.to_string()))? {
             for entry in std::fs::read_dir(folder?.path())? {
                 let entry = entry?;
+                // A crash in the middle of a deletion has left it.
+                if entry.path().extension().is_some_and(|extension| extension == "swept") {
+                    std::fs::remove_file(entry.path())?;
+                    continue;
+                }
                 let hash = entry.file_name().to_str().and_then(|name| name.parse().ok());
                 if let Some(hash) = hash.filter(|_| is_older(&entry.path(), age)) {
                     found.push(hash);

@@ -78,8 +78,9 @@ pub(crate) enum Reply {
     Proposed(u64, Bytes),
     /// The read index.
     Index(u64),
-    /// The answer, and the index that was applied when it was made.
-    Answered(u64, Answer),
+    /// The answer, the index that was applied when it was made, and for an eventual read about how
+    /// many milliseconds old it may be, if that is known.
+    Answered(u64, Answer, Option<u64>),
     /// What the parser made of the file.
     Parsed(Parsed),
     /// One vector per text.

@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use shoal_engine::Shard;
 use shoal_engine::command::{Answer, Command, Envelope, Outcome, Read};
 use shoal_proto::peer::CallRequest;
@@ -48,6 +48,28 @@ pub struct ReadOptions {
     pub position: Position,
     /// When the client gives up.
     pub deadline: Instant,
+    /// Where eventual reads note how old their answers may be.
+    pub staleness: Staleness,
+}
+
+/// How old the oldest of several answers may be. Clones share it.
+#[derive(Clone, Debug, Default)]
+pub struct Staleness(Arc<Mutex<Option<Option<u64>>>>);
+
+impl Staleness {
+    /// Notes an answer's age in milliseconds; none when it is not known.
+    pub fn note(&self, age: Option<u64>) {
+        let mut oldest = self.0.lock();
+        *oldest = Some(match *oldest {
+            None => age,
+            Some(known) => known.zip(age).map(|(known, age)| known.max(age)),
+        });
+    }
+
+    /// The age in milliseconds, or that it is not known; nothing when nothing was noted.
+    pub fn get(&self) -> Option<Option<u64>> {
+        *self.0.lock()
+    }
 }
 
 /// The node's handle on the cluster. Cheap to clone.
@@ -250,7 +272,10 @@ impl Cluster {
                         break;
                     }
                 }
-                Reply::Failed(error) if error.code.is_retryable() => reason = error.message,
+                Reply::Failed(error) if error.code.is_retryable() => {
+                    self.doubt_leader(group, target, error.code);
+                    reason = error.message;
+                }
                 Reply::Failed(error) => return Err(error),
                 Reply::Index(_)
                 | Reply::Answered(..)
@@ -272,6 +297,28 @@ impl Cluster {
             false => (ErrorCode::Unavailable, "nothing was written"),
         };
         Err(Error::new(code, format!("group {group} did not answer in time ({reason}); {what}")))
+    }
+
+    /// A leader that cannot be used may have lost its replica while its node lives, which a group
+    /// that sleeps does not notice: with its timers on, the group finds another.
+    fn doubt_leader(&self, group: GroupId, leader: NodeId, code: ErrorCode) {
+        if code == ErrorCode::Unavailable
+            && leader != self.node()
+            && let Ok(group) = self.inner.groups.get(group)
+        {
+            group.wake();
+        }
+    }
+
+    /// The cluster's state as of now: everything that was agreed before this call is in it.
+    ///
+    /// # Errors
+    /// Unavailable when the control group does not answer in time.
+    pub(crate) async fn fresh_state(&self, deadline: Instant) -> Result<Arc<ClusterState>, Error> {
+        let control = self.inner.groups.get(GroupId::CONTROL)?;
+        let index = self.read_index(&control, deadline).await?;
+        control.wait_applied(index, deadline.saturating_duration_since(Instant::now())).await?;
+        Ok(self.state())
     }
 
     fn proposal_slots(&self, group: GroupId) -> Arc<Semaphore> {
@@ -383,7 +430,12 @@ impl Cluster {
                 question: question.clone(),
             };
             match self.call(target, call, patience).await {
-                Reply::Answered(index, answer) => return Ok((answer, index)),
+                Reply::Answered(index, answer, staleness) => {
+                    if options.level == Consistency::Eventual {
+                        options.staleness.note(staleness);
+                    }
+                    return Ok((answer, index));
+                }
                 Reply::Failed(error) if error.code.is_retryable() => reason = error.message,
                 Reply::Failed(error) => return Err(error),
                 Reply::NotLeader(_)
@@ -471,8 +523,12 @@ impl Cluster {
                 // What Raft knows may lag behind what the engine has applied, and after a start
                 // the other way round.
                 let known = local.group.applied();
+                let staleness = match level {
+                    Consistency::Eventual => local.group.staleness().map(|age| age.as_millis() as u64),
+                    Consistency::Linearizable | Consistency::Session => None,
+                };
                 Ok(match self.run_read(local.shard, question).await {
-                    Ok((applied, answer)) => Reply::Answered(applied.max(known), answer),
+                    Ok((applied, answer)) => Reply::Answered(applied.max(known), answer, staleness),
                     Err(error) => Reply::Failed(error),
                 })
             }
@@ -499,8 +555,10 @@ impl Cluster {
                 Some(leader) => {
                     let call = Call::ReadIndex { group: group.id() };
                     let asked = Box::pin(self.call(leader, call, left.min(Duration::from_secs(1))));
-                    if let Reply::Index(index) = asked.await {
-                        return Ok(index);
+                    match asked.await {
+                        Reply::Index(index) => return Ok(index),
+                        Reply::Failed(error) => self.doubt_leader(group.id(), leader, error.code),
+                        _ => {}
                     }
                 }
                 None => {}

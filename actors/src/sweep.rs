@@ -3,18 +3,20 @@
 //! A blob is durable before the log entry that names it, so one that is not named yet may be on
 //! its way into the log: only blobs that are old enough are looked at. A node that holds a
 //! replica asks the shard at the linearizable level, so that a replica that lags does not take a
-//! new file's blob for nobody's. What lies here of a shard that this node holds no replica of
-//! (it took the upload for others) goes as well.
+//! new file's blob for nobody's; documents that are not parsed yet name their blobs as well. What
+//! lies here of a shard that this node holds no replica of (it took the upload for others) goes.
+//! Nothing is deleted while the control group does not answer.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use shoal_engine::command::{Answer, Read};
+use shoal_engine::command::{Answer, DocumentState, Read};
 use shoal_proto::{BlobHash, Error, Position, ShardId};
+use shoal_raft::cluster::ClusterState;
 
 use crate::blobs::BlobStore;
 use crate::call::Consistency;
-use crate::cluster::{Cluster, ReadOptions};
+use crate::cluster::{Cluster, ReadOptions, Staleness};
 
 /// How long one shard may take to say which blobs its files name.
 const ASK_TIMEOUT: Duration = Duration::from_secs(10);
@@ -48,9 +50,13 @@ async fn sweep(cluster: &Cluster, blobs: &BlobStore, shard: ShardId, age: Durati
     if old.is_empty() {
         return Ok(0);
     }
-    let state = cluster.state();
+    let state = cluster.fresh_state(Instant::now() + ASK_TIMEOUT).await?;
     let is_replica = state.shards.get(&shard).is_some_and(|shard| shard.replicas.contains(&cluster.node()));
-    let named = if is_replica { named(cluster, shard).await? } else { BTreeSet::new() };
+    let mut named = BTreeSet::new();
+    if is_replica || cluster.local_shard(shard).is_some() {
+        named = files(cluster, shard).await?;
+        named.extend(documents_in_progress(cluster, &state).await?);
+    }
     let unnamed: Vec<BlobHash> = old.into_iter().filter(|hash| !named.contains(hash)).collect();
     let blobs = blobs.clone();
     let swept = tokio::task::spawn_blocking(move || {
@@ -62,14 +68,35 @@ async fn sweep(cluster: &Cluster, blobs: &BlobStore, shard: ShardId, age: Durati
     swept.await.map_err(Error::internal)?.map_err(Error::internal)
 }
 
-async fn named(cluster: &Cluster, shard: ShardId) -> Result<BTreeSet<BlobHash>, Error> {
+/// The blobs that a shard's files name.
+async fn files(cluster: &Cluster, shard: ShardId) -> Result<BTreeSet<BlobHash>, Error> {
+    match ask(cluster, shard, Read::ListFiles).await? {
+        Answer::Files(files) => Ok(files.into_iter().map(|file| file.blob).collect()),
+        _ => Err(Error::internal("a shard did not answer with files")),
+    }
+}
+
+/// The blobs of documents that are not parsed yet: a file's record may have been replaced or
+/// deleted since they were accepted.
+async fn documents_in_progress(cluster: &Cluster, state: &ClusterState) -> Result<BTreeSet<BlobHash>, Error> {
+    let mut blobs = BTreeSet::new();
+    for collection in state.collections.values().filter(|collection| collection.config.embedder.is_some()) {
+        for shard in &collection.shards {
+            let question = Read::ListDocuments(Some(DocumentState::InProgress));
+            if let Answer::Documents(documents) = ask(cluster, *shard, question).await? {
+                blobs.extend(documents.into_iter().map(|document| document.blob));
+            }
+        }
+    }
+    Ok(blobs)
+}
+
+async fn ask(cluster: &Cluster, shard: ShardId, question: Read) -> Result<Answer, Error> {
     let options = ReadOptions {
         level: Consistency::Linearizable,
         position: Position::default(),
         deadline: Instant::now() + ASK_TIMEOUT,
+        staleness: Staleness::default(),
     };
-    match cluster.read(shard, Read::ListFiles, &options).await?.0 {
-        Answer::Files(files) => Ok(files.into_iter().map(|file| file.blob).collect()),
-        _ => Err(Error::internal("a shard did not answer with files")),
-    }
+    Ok(cluster.read(shard, question, &options).await?.0)
 }

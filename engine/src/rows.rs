@@ -10,8 +10,13 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use nix::fcntl::{FallocateFlags, fallocate};
+use roaring::RoaringBitmap;
+
 use crate::error::Result;
 
+/// Runs of at least so many dead rows are given back.
+const FREED_ROWS: u32 = 256;
 /// Bytes of the checksum in front of a row.
 const SUM_BYTES: usize = 4;
 
@@ -51,6 +56,22 @@ impl Rows {
             .then(|| numbers.chunks_exact(4).map(|x| f32::from_le_bytes([x[0], x[1], x[2], x[3]])).collect())
     }
 
+    /// Gives the disk space of long runs of dead rows back. That it cannot is no error.
+    pub(crate) fn free_dead(&self, live: &RoaringBitmap) {
+        let mut next = 0;
+        for slot in live {
+            if slot - next >= FREED_ROWS {
+                let (start, end) = (self.offset(next), self.offset(slot));
+                let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+                if let Err(error) = fallocate(&self.file, mode, start as i64, (end - start) as i64) {
+                    tracing::debug!(%error, "dead vectors keep their disk space");
+                    return;
+                }
+            }
+            next = slot.saturating_add(1);
+        }
+    }
+
     fn offset(&self, slot: u32) -> u64 {
         u64::from(slot) * self.stride as u64
     }
@@ -66,6 +87,22 @@ fn checksum(slot: u32, numbers: &[u8]) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_space_of_dead_rows_is_given_back() {
+        use std::os::unix::fs::MetadataExt;
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("rows");
+        let rows = Rows::open(&path, 256).expect("opens");
+        (0..4_000).for_each(|slot| rows.put(slot, &[slot as f32; 256]));
+        let blocks = || std::fs::metadata(&path).expect("there").blocks();
+        let before = blocks();
+        rows.free_dead(&RoaringBitmap::from_iter([1_000, 3_999]));
+        assert!(blocks() < before / 4, "{} of {before} blocks", blocks());
+        assert_eq!(rows.get(1_000), Some(vec![1_000.0; 256]));
+        assert_eq!(rows.get(3_999), Some(vec![3_999.0; 256]));
+        assert_eq!(rows.get(2_000), None);
+    }
 
     #[test]
     fn a_row_is_the_right_one_or_none() {

@@ -153,8 +153,8 @@ impl Shard {
             if !vectors.has_work() && !vectors.wants_compaction(&self.state.read().live) {
                 continue;
             }
-            let live = self.state.read().live.clone();
-            if vectors.index_some(&|slot| live.contains(slot))? || vectors.compact_some(&live)? {
+            let live = self.state.read().live_and_newer();
+            if vectors.index_some(&|slot| live.contains(slot))? || vectors.compact_some(&live) {
                 return Ok(true);
             }
         }
@@ -204,16 +204,14 @@ impl Shard {
             std::fs::remove_dir_all(&dir)?;
         }
         std::fs::create_dir_all(&dir)?;
-        {
-            let store = Store::open(&dir.join("store"))?;
-            load_frames(&store, file)?;
-            let mut batch = crate::store::Batch::default();
-            batch.put(keys::TAG.to_vec(), tag.to_vec());
-            store.commit(batch)?;
-            store.checkpoint()?;
-        }
+        let store = Store::open(&dir.join("store"))?;
+        load_frames(&store, file)?;
+        let mut batch = crate::store::Batch::default();
+        batch.put(keys::TAG.to_vec(), tag.to_vec());
+        store.commit(batch)?;
+        store.checkpoint()?;
         sync_dir(&dir)?;
-        let fresh = State::open(&dir, self.config.clone())?;
+        let fresh = State::with_store(store, &dir, self.config.clone())?;
         set_current(&self.dir, next)?;
         let old = std::mem::replace(&mut *self.state.write(), fresh);
         *current = next;

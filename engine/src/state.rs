@@ -66,7 +66,13 @@ pub(crate) struct State {
 impl State {
     /// Opens a shard's state and brings everything derived up to date with the store.
     pub(crate) fn open(dir: &Path, config: CollectionConfig) -> Result<State> {
-        let store = Arc::new(Store::open(&dir.join("store"))?);
+        State::with_store(Store::open(&dir.join("store"))?, dir, config)
+    }
+
+    /// As [`State::open`], with a store that is open already: sled lets go of a store's lock only
+    /// some time after it was dropped.
+    pub(crate) fn with_store(store: Store, dir: &Path, config: CollectionConfig) -> Result<State> {
+        let store = Arc::new(store);
         let next_slot = read_meta(&store, keys::NEXT_SLOT)?.unwrap_or(0);
         let kinds: BTreeMap<String, FieldType> =
             read_meta(&store, keys::INDEXES)?.unwrap_or_else(|| config.payload_indexes.clone());
@@ -96,6 +102,15 @@ impl State {
         };
         state.recover()?;
         Ok(state)
+    }
+
+    /// The live slots, and every slot that will be given out in the next while: background work
+    /// that goes by a copy must not take for dead what was written after the copy was made.
+    pub(crate) fn live_and_newer(&self) -> RoaringBitmap {
+        const NEWER_SLOTS: u32 = 1 << 20;
+        let mut live = self.live.clone();
+        live.insert_range(self.next_slot..self.next_slot.saturating_add(NEWER_SLOTS));
+        live
     }
 
     fn recover(&mut self) -> Result<()> {

@@ -15,6 +15,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 
 use parking_lot::{Mutex, RwLock};
@@ -74,10 +75,26 @@ struct Buffer {
     bytes: usize,
 }
 
+/// Marks the store as broken when a write ends by an error or a panic.
+struct Outcome<'a> {
+    is_broken: &'a AtomicBool,
+    is_good: bool,
+}
+
+impl Drop for Outcome<'_> {
+    fn drop(&mut self) {
+        if !self.is_good {
+            self.is_broken.store(true, Ordering::Release);
+        }
+    }
+}
+
 /// A checked key-value store in one directory.
 pub struct Store {
     db: sled::Db,
     buffer: RwLock<Buffer>,
+    /// Set when what was committed may not have reached sled: nothing is answered any more.
+    is_broken: AtomicBool,
     dir: PathBuf,
     exports: Arc<Mutex<Vec<Weak<Mutex<ExportState>>>>>,
 }
@@ -94,12 +111,19 @@ impl Store {
             .mode(sled::Mode::HighThroughput)
             .flush_every_ms(Some(FLUSH_EVERY_MS))
             .open()?;
-        Ok(Store { db, buffer: RwLock::default(), dir: dir.to_owned(), exports: Arc::default() })
+        Ok(Store {
+            db,
+            buffer: RwLock::default(),
+            is_broken: AtomicBool::new(false),
+            dir: dir.to_owned(),
+            exports: Arc::default(),
+        })
     }
 
     /// The value of a key.
     pub fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>> {
         let buffer = self.buffer.read();
+        self.check()?;
         if let Some(waiting) = buffer.batch.get(key) {
             return Ok(waiting.map(<[u8]>::to_vec));
         }
@@ -138,6 +162,7 @@ impl Store {
     /// Applies a batch as one atomic step. It is not durable before the next checkpoint.
     pub fn commit(&self, batch: Batch) -> Result<()> {
         let mut buffer = self.buffer.write();
+        self.check()?;
         for (key, value) in batch.puts {
             buffer.bytes += key.len() + value.as_ref().map_or(0, Vec::len);
             buffer.batch.puts.insert(key, value);
@@ -147,38 +172,55 @@ impl Store {
 
     /// Hands what waits in memory to sled.
     fn flush(&self) -> Result<()> {
+        self.check()?;
         if self.buffer.read().batch.puts.is_empty() {
             return Ok(());
         }
         self.write_out(&mut self.buffer.write())
     }
 
+    fn check(&self) -> Result<()> {
+        match self.is_broken.load(Ordering::Acquire) {
+            true => Err(damaged(b"store", "an earlier write has failed; it must be opened again")),
+            false => Ok(()),
+        }
+    }
+
+    /// Whoever calls this may be a reader, whose error or panic ends nothing but the read: so a
+    /// failure is remembered, or the next checkpoint would cover entries that are nowhere.
     fn write_out(&self, buffer: &mut Buffer) -> Result<()> {
-        let Buffer { batch, .. } = std::mem::take(buffer);
-        self.preserve(&batch)?;
+        let mut outcome = Outcome { is_broken: &self.is_broken, is_good: false };
+        self.write_batch(&buffer.batch)?;
+        outcome.is_good = true;
+        *buffer = Buffer::default();
+        Ok(())
+    }
+
+    fn write_batch(&self, batch: &Batch) -> Result<()> {
+        self.preserve(batch)?;
         let mut writes = sled::Batch::default();
-        for (key, value) in batch.puts {
+        for (key, value) in &batch.puts {
             // What the key held before may have had parts.
-            if let Some(old) = self.db.get(&key)? {
-                for part in part_keys(&key, &old) {
+            if let Some(old) = self.db.get(key)? {
+                for part in part_keys(key, &old) {
                     writes.remove(part);
                 }
             }
             match value {
-                None => writes.remove(key),
+                None => writes.remove(key.as_slice()),
                 Some(value) if value.len() <= PART_BYTES => {
-                    let sealed = seal(PLAIN, &key, &value);
-                    writes.insert(key, sealed);
+                    let sealed = seal(PLAIN, key, value);
+                    writes.insert(key.as_slice(), sealed);
                 }
                 Some(value) => {
                     for (index, part) in value.chunks(PART_BYTES).enumerate() {
-                        let part_key = part_key(&key, index as u32);
+                        let part_key = part_key(key, index as u32);
                         let sealed = seal(PLAIN, &part_key, part);
                         writes.insert(part_key, sealed);
                     }
                     let count = value.len().div_ceil(PART_BYTES) as u32;
-                    let sealed = seal(PARTED, &key, &count.to_le_bytes());
-                    writes.insert(key, sealed);
+                    let sealed = seal(PARTED, key, &count.to_le_bytes());
+                    writes.insert(key.as_slice(), sealed);
                 }
             }
         }
@@ -459,6 +501,20 @@ mod tests {
         stored[7] ^= 1;
         store.db.insert(b"k1", stored).expect("writable");
         assert!(matches!(store.get(b"k1"), Err(Error::Damaged { .. })));
+    }
+
+    #[test]
+    fn a_store_whose_write_has_failed_answers_nothing() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let store = Store::open(dir.path()).expect("opens");
+        put(&store, &[("k1", Some(vec![1]))]);
+        // As after an error or a panic in the middle of a write.
+        store.is_broken.store(true, Ordering::Release);
+        assert!(store.get(b"k1").is_err() && store.scan(b"k").any(|item| item.is_err()));
+        assert!(store.checkpoint().is_err() && store.export().is_err());
+        let mut batch = Batch::default();
+        batch.put(b"k2".to_vec(), vec![2]);
+        assert!(store.commit(batch).is_err());
     }
 
     #[test]

@@ -21,6 +21,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use compact::{Compaction, number_and_round, remove_graph};
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
@@ -78,6 +79,8 @@ pub struct Vectors {
     pending: RwLock<VecDeque<Arc<RwLock<Block>>>>,
     graphs: RwLock<Vec<Arc<Graph>>>,
     compaction: Mutex<Option<Compaction>>,
+    /// When a compaction may be tried again after a failure.
+    compact_after: Mutex<Option<Instant>>,
 }
 
 impl Vectors {
@@ -108,8 +111,8 @@ impl Vectors {
         }
         let rows = Rows::open(&dir.join("rows"), params.size)?;
         let (pending, graphs) = (RwLock::default(), RwLock::new(graphs));
-        let compaction = Mutex::new(None);
-        Ok(Vectors { params, dir: dir.to_owned(), rows, pending, graphs, compaction })
+        let (compaction, compact_after) = (Mutex::new(None), Mutex::new(None));
+        Ok(Vectors { params, dir: dir.to_owned(), rows, pending, graphs, compaction, compact_after })
     }
 
     /// The schema.

@@ -10,6 +10,7 @@ use bytes::Bytes;
 use futures::{Stream, StreamExt};
 use openraft::async_runtime::WatchReceiver;
 use openraft::errors::{ClientWriteError, LinearizableReadError, RaftError};
+use openraft::raft::AppendEntriesRequest;
 use openraft::{ChangeMembers, EmptyNode, Raft, ReadPolicy, ServerState, SnapshotPolicy};
 use parking_lot::RwLock;
 use shoal_proto::peer::{Piece, RaftKind, RaftMessage, RaftReply};
@@ -20,6 +21,7 @@ use crate::idle::Idle;
 use crate::log::{GroupLog, LogStore};
 use crate::machine::{FrameFile, Machine, SnapshotData, StateMachine};
 use crate::network::{Network, Peers};
+use crate::staleness::Heard;
 use crate::types::{Payload, SnapshotMetaOf, SnapshotOf, TypeConfig, VoteOf};
 
 /// Timers and limits of every group.
@@ -72,6 +74,7 @@ pub struct Group {
     log: GroupLog,
     peers: Peers,
     idle: Arc<Idle>,
+    heard: Arc<Heard>,
 }
 
 /// What is known about a group on this node.
@@ -163,10 +166,11 @@ impl Groups {
         let raft = Raft::new(self.inner.node, self.inner.config.clone(), network, log.clone(), machine)
             .await
             .map_err(|error| stopped(error.to_string()))?;
-        let voters = raft.metrics().borrow_watched().membership_config.membership().voter_ids().count();
-        log.company().note_first(voters);
+        let members = raft.metrics().borrow_watched().membership_config.membership().nodes().count();
+        log.company().note_first(members);
         let (node, peers) = (self.inner.node, self.inner.peers.clone());
-        let group = Group { id, node, raft, log, peers, idle: Arc::default() };
+        let (idle, heard) = (Arc::default(), Arc::default());
+        let group = Group { id, node, raft, log, peers, idle, heard };
         self.inner.groups.write().insert(id, group.clone());
         Ok(group)
     }
@@ -212,21 +216,35 @@ impl Groups {
             let answer = group.agree_to_sleep(&read(&message.body)?);
             return Ok(RaftReply { body: codec::encode(&answer).into() });
         }
-        group.wake();
-        let raft = group.raft;
+        if kind == RaftKind::PreVote && group.refuses_pre_vote() {
+            let reason = "the group sleeps under a leader that lives".to_owned();
+            return Err(Error::Timeout { group: id, reason });
+        }
+        let raft = group.raft.clone();
         let stopped = |error: String| Error::Stopped { group: id, reason: error };
         let body = &message.body;
         let reply = match kind {
             RaftKind::Append => {
-                codec::encode(&raft.append_entries(read(body)?).await.map_err(|e| stopped(e.to_string()))?)
+                let request: AppendEntriesRequest<TypeConfig> = read(body)?;
+                let commit = request.leader_commit.map_or(0, |id| id.index);
+                let answer = raft.append_entries(request).await.map_err(|e| stopped(e.to_string()))?;
+                if answer.is_success() {
+                    group.heard.note(commit);
+                }
+                // Only now: a tick before it would find the leader's lease run out.
+                group.wake();
+                codec::encode(&answer)
             }
             RaftKind::Vote => {
+                group.wake();
                 codec::encode(&raft.vote(read(body)?).await.map_err(|e| stopped(e.to_string()))?)
             }
             RaftKind::PreVote => {
+                group.wake();
                 codec::encode(&raft.pre_vote(read(body)?).await.map_err(|e| stopped(e.to_string()))?)
             }
             RaftKind::TransferLeader => {
+                group.wake();
                 let answer = raft.handle_transfer_leader(read(body)?).await;
                 codec::encode(&answer.map_err(|e| stopped(e.to_string()))?)
             }
@@ -284,6 +302,14 @@ impl Group {
         self.id
     }
 
+    /// A follower has no use for what only a leader can do, and with its timers on it would look
+    /// for another leader.
+    fn wake_leader(&self) {
+        if self.is_leader() {
+            self.wake();
+        }
+    }
+
     pub(crate) fn node(&self) -> NodeId {
         self.node
     }
@@ -294,6 +320,10 @@ impl Group {
 
     pub(crate) fn peers(&self) -> &Peers {
         &self.peers
+    }
+
+    pub(crate) fn heard(&self) -> &Heard {
+        &self.heard
     }
 
     pub(crate) fn idle(&self) -> &Idle {
@@ -321,7 +351,7 @@ impl Group {
     /// [`Error::NotLeader`] proves that nothing was proposed; [`Error::OutcomeUnknown`] means
     /// that it may have been.
     pub async fn propose(&self, command: Bytes, timeout: Duration) -> Result<(u64, Bytes), Error> {
-        self.wake();
+        self.wake_leader();
         let write = self.raft.client_write(Payload(command));
         match tokio::time::timeout(timeout, write).await {
             Ok(Ok(answer)) => Ok((answer.log_id.index, answer.data.0)),
@@ -346,7 +376,7 @@ impl Group {
         if let Some(index) = self.read_index_alone() {
             return Ok(index);
         }
-        self.wake();
+        self.wake_leader();
         let ask = self.raft.get_read_linearizer(ReadPolicy::ReadIndex);
         match tokio::time::timeout(timeout, ask).await {
             Ok(Ok(linearizer)) => Ok(linearizer.read_log_id().index()),
@@ -360,9 +390,10 @@ impl Group {
         }
     }
 
-    /// The read index of a leader that is its group's only voter: nobody can have been elected
-    /// without it, and what it has acknowledged it has applied. An entry of its own term must be
-    /// applied, since before that the leader does not know all that was committed.
+    /// The read index of a leader that is its group's only member: nobody can have been elected
+    /// without it, nobody but this node reads, and what it has acknowledged its state machine has
+    /// applied. An entry of its own term must be applied, since before that the leader does not
+    /// know all that was committed.
     fn read_index_alone(&self) -> Option<u64> {
         if !self.log.company().is_alone() {
             return None;
@@ -370,8 +401,8 @@ impl Group {
         let server = self.raft.server_metrics();
         let term = {
             let server = server.borrow_watched();
-            let voters = server.membership_config.membership().voter_ids().count();
-            (server.state == ServerState::Leader && voters == 1).then_some(server.vote.leader_id.term)?
+            let members = server.membership_config.membership().nodes().count();
+            (server.state == ServerState::Leader && members == 1).then_some(server.vote.leader_id.term)?
         };
         let applied = self.raft.data_metrics().borrow_watched().last_applied?;
         (applied.leader_id.term == term).then_some(applied.index)

@@ -10,8 +10,12 @@
 //! question whether a leader's node lives is asked once per pair of nodes ([`Groups::keep_watch`]:
 //! a beat every [`BEAT`]), and a group whose members all hold the same log stops its timers.
 //! Raft's safety does not depend on timers: a replica that sleeps by mistake costs time, never
-//! an acknowledged write. Whatever goes wrong with this bookkeeping, a leader wakes every
-//! [`LEADER_NAP`] and a follower that was not woken wakes by itself after [`FOLLOWER_NAP`].
+//! an acknowledged write. Whatever goes wrong with this bookkeeping, a leader asks again every
+//! [`LEADER_NAP`], and a follower that was not asked again wakes after [`FOLLOWER_NAP`].
+//!
+//! The leases that keep a living leader from being deposed run out while a group sleeps. In their
+//! place a sleeping replica refuses the first pre-vote while its leader's node lives, and wakes:
+//! by the next round the leader has been heard.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -21,8 +25,8 @@ use openraft::ServerState;
 use openraft::async_runtime::WatchReceiver;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
-use shoal_proto::NodeId;
 use shoal_proto::peer::BeatRequest;
+use shoal_proto::{GroupId, NodeId};
 
 use crate::groups::{Group, Groups};
 use crate::network::{Lane, Peers};
@@ -35,10 +39,14 @@ const BEAT_TIMEOUT: Duration = Duration::from_millis(200);
 const MISSED_BEATS: u32 = 3;
 /// How long "sleep" may take to be answered.
 const SLEEP_TIMEOUT: Duration = Duration::from_millis(500);
-/// The longest that a leader sleeps.
-const LEADER_NAP: Duration = Duration::from_secs(120);
-/// The longest that a follower sleeps: it has been woken by its leader long before.
-const FOLLOWER_NAP: Duration = Duration::from_secs(300);
+/// After so long a leader asks the others again whether they sleep, and wakes if one does not.
+const LEADER_NAP: Duration = Duration::from_secs(10);
+/// The longest that a follower sleeps without being asked again.
+const FOLLOWER_NAP: Duration = Duration::from_secs(30);
+
+/// The longest that a replica waits before it wakes because its leader's node is gone, in
+/// milliseconds.
+const STAGGER_MS: u64 = 150;
 
 /// What a leader asks of the other members before it stops its heartbeats.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -77,6 +85,7 @@ pub(crate) struct Beats(Mutex<BTreeMap<NodeId, Heard>>);
 struct Heard {
     boot: u64,
     missed: u32,
+    at: Option<Instant>,
 }
 
 impl Beats {
@@ -85,13 +94,23 @@ impl Beats {
         self.0.lock().get(&node).is_some_and(|heard| heard.boot == boot && heard.missed == 0)
     }
 
+    /// When a node was last heard.
+    pub(crate) fn heard_at(&self, node: NodeId) -> Option<Instant> {
+        self.0.lock().get(&node)?.at
+    }
+
+    /// Whether a node answered its last beat.
+    fn answers(&self, node: NodeId) -> bool {
+        self.0.lock().get(&node).is_some_and(|heard| heard.boot != 0 && heard.missed == 0)
+    }
+
     /// Notes a beat's answer, or that there was none. Returns the run of the process that is
     /// known to be alive, or nothing once it has been silent for too long.
     fn note(&self, node: NodeId, answered: Option<u64>) -> Option<u64> {
         let mut all = self.0.lock();
         let heard = all.entry(node).or_default();
         *heard = match answered {
-            Some(boot) => Heard { boot, missed: 0 },
+            Some(boot) => Heard { boot, missed: 0, at: Some(Instant::now()) },
             None => Heard { missed: heard.missed.saturating_add(1), ..*heard },
         };
         (heard.missed < MISSED_BEATS).then_some(heard.boot)
@@ -117,17 +136,28 @@ impl Groups {
                 let Some(nap) = group.idle().0.lock().asleep else { continue };
                 let is_mine = nap.leader == self.node();
                 let leader_is_gone = !is_mine && alive.get(&nap.leader) != Some(&Some(nap.boot));
-                let longest = if is_mine { LEADER_NAP } else { FOLLOWER_NAP };
-                if leader_is_gone || nap.since.elapsed() > longest {
-                    group.wake();
-                } else {
-                    asleep += 1;
+                asleep += 1;
+                if is_mine && nap.since.elapsed() > LEADER_NAP {
+                    tokio::spawn(async move { group.rest_again().await });
+                } else if leader_is_gone || (!is_mine && nap.since.elapsed() > FOLLOWER_NAP) {
+                    let pause = stagger(group.id(), self.node());
+                    tokio::spawn(async move {
+                        tokio::time::sleep(pause).await;
+                        group.wake();
+                    });
                 }
             }
             metrics::gauge!("shoal_raft_groups_asleep").set(asleep);
             tokio::time::sleep(BEAT.saturating_sub(started.elapsed())).await;
         }
     }
+}
+
+/// When a node dies, the members of its groups do not all stand for election at once: their
+/// leases have run out together.
+fn stagger(group: GroupId, node: NodeId) -> Duration {
+    let mixed = (group.0 ^ node.0.rotate_left(32)).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32;
+    Duration::from_millis(mixed % STAGGER_MS)
 }
 
 async fn beat(peers: &Peers, node: NodeId) -> Option<u64> {
@@ -138,8 +168,13 @@ async fn beat(peers: &Peers, node: NodeId) -> Option<u64> {
 }
 
 impl Group {
+    /// Whether the timers stand still.
+    pub(crate) fn is_asleep(&self) -> bool {
+        self.idle().0.lock().asleep.is_some()
+    }
+
     /// Lets the timers run, if they do not.
-    pub(crate) fn wake(&self) {
+    pub fn wake(&self) {
         let mut state = self.idle().0.lock();
         state.activity += 1;
         if state.asleep.take().is_some() {
@@ -150,21 +185,30 @@ impl Group {
     /// Puts the group to sleep if this node leads it, every member has everything and nothing
     /// happens meanwhile. To be called when the group was quiet for a while.
     pub async fn rest(&self) {
-        let seen = {
-            let state = self.idle().0.lock();
-            if state.asleep.is_some() {
-                return;
-            }
-            state.activity
-        };
+        if self.idle().0.lock().asleep.is_none() {
+            self.put_to_sleep().await;
+        }
+    }
+
+    /// Asks the other members again, while this node sleeps as the leader.
+    async fn rest_again(&self) {
+        if !self.put_to_sleep().await {
+            self.wake();
+        }
+    }
+
+    async fn put_to_sleep(&self) -> bool {
+        let seen = self.idle().0.lock().activity;
         let status = self.status();
         let is_settled = status.role == "leader"
             && status.applied == status.last_index
             && status.voters.union(&status.learners).all(|member| {
                 *member == self.node() || status.matched.get(member) == Some(&status.last_index)
             });
-        if !is_settled {
-            return;
+        let others: Vec<NodeId> =
+            status.voters.union(&status.learners).copied().filter(|member| *member != self.node()).collect();
+        if !is_settled || !others.iter().all(|member| self.peers().beats().answers(*member)) {
+            return false;
         }
         let sleep = Sleep {
             leader: self.node(),
@@ -172,12 +216,26 @@ impl Group {
             term: status.term,
             last_index: status.last_index,
         };
-        let others = status.voters.union(&status.learners).filter(|member| **member != self.node());
-        let asked = others.map(|member| self.peers().sleep(self.id(), *member, &sleep, SLEEP_TIMEOUT));
+        let asked = others.iter().map(|member| self.peers().sleep(self.id(), *member, &sleep, SLEEP_TIMEOUT));
         // Who agreed although another did not is woken by the next heartbeat.
-        if join_all(asked).await.into_iter().all(|agreed| agreed) {
-            self.sleep_unless_active(seen, &sleep);
+        join_all(asked).await.into_iter().all(|agreed| agreed) && self.sleep_unless_active(seen, &sleep)
+    }
+
+    /// Whether a wish to stand for election comes too early: this replica sleeps, and the leader
+    /// lives as far as is known. It wakes, and a leader makes itself heard.
+    pub(crate) fn refuses_pre_vote(&self) -> bool {
+        let nap = self.idle().0.lock().asleep;
+        let Some(nap) = nap else { return false };
+        let is_mine = nap.leader == self.node();
+        let leader_lives = is_mine || self.peers().beats().is_up(nap.leader, nap.boot);
+        if leader_lives {
+            self.wake();
         }
+        if is_mine {
+            let raft = self.raft().clone();
+            tokio::spawn(async move { raft.trigger().heartbeat().await });
+        }
+        leader_lives
     }
 
     /// A leader's wish that this replica sleeps. Returns whether it does.

@@ -32,6 +32,7 @@ pub mod idle;
 pub mod log;
 pub mod machine;
 pub mod network;
+mod staleness;
 mod types;
 
 pub use error::Error;

@@ -16,7 +16,6 @@ const FAILOVER_LIMIT: Duration = Duration::from_secs(4);
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn groups_that_sleep_wake_for_a_write_and_for_the_death_of_their_leader() -> Result<()> {
     let mut cluster = Cluster::of(3).start().await?;
-    let name = |number: usize| format!("quiet-{number}");
     for number in 0..COLLECTIONS {
         Points::of(&cluster.any(), &name(number)).create(1, 3).await?;
         Points::of(&cluster.any(), &name(number)).upsert(&[point(1, json!({"of": number}))]).await?;
@@ -34,11 +33,7 @@ async fn groups_that_sleep_wake_for_a_write_and_for_the_death_of_their_leader() 
     all_asleep(&cluster, &[0, 1, 2]).await?;
 
     // The node that leads most of them dies in its sleep.
-    let mut leaders = Vec::new();
-    for number in 0..COLLECTIONS {
-        let shard = *cluster.shards(&name(number)).await?.first().context("a shard")?;
-        leaders.push(cluster.leader(shard).await?);
-    }
+    let leaders = leaders_of(&cluster).await?;
     let victim =
         (0..3).max_by_key(|at| leaders.iter().filter(|leader| *leader == at).count()).context("three")?;
     let led: Vec<usize> = (0..COLLECTIONS).filter(|number| leaders[*number] == victim).collect();
@@ -61,7 +56,32 @@ async fn groups_that_sleep_wake_for_a_write_and_for_the_death_of_their_leader() 
     cluster.restart(victim).await?;
     cluster.settled().await?;
     all_asleep(&cluster, &[0, 1, 2]).await?;
+
+    // A node that starts again takes nothing from leaders that sleep and live.
+    let before = leaders_of(&cluster).await?;
+    let follower =
+        (0..3).min_by_key(|at| before.iter().filter(|leader| *leader == at).count()).context("three")?;
+    cluster.node_mut(follower).kill()?;
+    cluster.restart(follower).await?;
+    cluster.settled().await?;
+    all_asleep(&cluster, &[0, 1, 2]).await?;
+    for (number, (was, is)) in before.iter().zip(leaders_of(&cluster).await?).enumerate() {
+        ensure!(*was == follower || *was == is, "{} was led by {was}, is led by {is}", name(number));
+    }
     cluster.finish()
+}
+
+fn name(number: usize) -> String {
+    format!("quiet-{number}")
+}
+
+async fn leaders_of(cluster: &Cluster) -> Result<Vec<usize>> {
+    let mut leaders = Vec::new();
+    for number in 0..COLLECTIONS {
+        let shard = *cluster.shards(&name(number)).await?.first().context("a shard")?;
+        leaders.push(cluster.leader(shard).await?);
+    }
+    Ok(leaders)
 }
 
 /// Waits until every group but the control group sleeps on these nodes.

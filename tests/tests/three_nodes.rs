@@ -4,10 +4,10 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use shoal_tests::writers::verify;
-use shoal_tests::{Cluster, Freshness, Points, point, vector, wait_until};
+use shoal_tests::{Client, Cluster, Freshness, Points, Request, point, vector, wait_until};
 
 #[tokio::test]
 async fn any_node_reads_and_writes() -> Result<()> {
@@ -50,6 +50,44 @@ async fn a_position_shows_what_was_written_on_every_node() -> Result<()> {
             let seen = found.get(&id).and_then(|payload| payload["round"].as_u64());
             ensure!(seen == Some(round), "node {reader} shows round {seen:?} after round {round}");
         }
+    }
+    cluster.finish()
+}
+
+#[tokio::test]
+async fn an_eventual_read_says_how_old_it_may_be() -> Result<()> {
+    let mut cluster = Cluster::of(3).start().await?;
+    Points::of(cluster.client(0), "c").create(2, 3).await?;
+    Points::of(cluster.client(0), "c").upsert(&[point(1, json!({})), point(2, json!({}))]).await?;
+    cluster.settled().await?;
+    cluster.converged().await?;
+    let age = async |client: &Client| -> Result<u64> {
+        let count = Request::ask("/collections/c/points/count", &json!({"exact": true}));
+        let reply = client.succeed(&Freshness::Eventual.of(count)).await?;
+        ensure!(reply.json()?["result"]["count"] == 2, "{}", reply.text());
+        let header = reply.header("x-shoal-staleness-ms").context("no header about staleness")?;
+        header.parse().with_context(|| format!("not a number: {header}"))
+    };
+    // Busy or asleep, every replica has heard its leader of late.
+    for _ in 0..4 {
+        for at in 0..3 {
+            let found = age(cluster.client(at)).await?;
+            ensure!(found < 1500, "node {at} says {found} ms although nothing is wrong");
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    let linearizable = Request::ask("/collections/c/points/count", &json!({"exact": true}));
+    let reply = cluster.client(0).succeed(&linearizable).await?;
+    ensure!(reply.header("x-shoal-staleness-ms").is_none(), "a linearizable read is not stale");
+    // A node that hears nobody answers with what it has, and says how old that is.
+    for at in [0, 1] {
+        cluster.node_mut(at).pause()?;
+    }
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    let found = age(cluster.client(2)).await?;
+    ensure!((3000..20_000).contains(&found), "node 2 says {found} ms after 4 s alone");
+    for at in [0, 1] {
+        cluster.node_mut(at).resume()?;
     }
     cluster.finish()
 }

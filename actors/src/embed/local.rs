@@ -38,6 +38,8 @@ use super::ops::{Gelu, Softmax};
 const MAX_TOKENS: usize = 512;
 /// About how many tokens go through the model in one step.
 const STEP_TOKENS: usize = 1024;
+/// After so many steps of queries one of passages is done, so that searches cannot stop ingest.
+const QUERY_STEPS: usize = 4;
 /// How far behind the oldest text others are looked for that go into the same step.
 const WINDOW: usize = 64;
 
@@ -70,6 +72,8 @@ pub struct LocalModel {
 struct Queue {
     queries: VecDeque<Waiting>,
     passages: VecDeque<Waiting>,
+    /// Steps of queries since the last one of passages.
+    query_steps: usize,
 }
 
 struct Waiting {
@@ -175,7 +179,8 @@ impl LocalModel {
                         model.step();
                         drop(turn);
                     });
-                    step.await.map_err(panicked)?;
+                    // Whose texts were in a step that panicked learns it from its own answers.
+                    drop(step.await);
                 }
             }
         }
@@ -247,12 +252,19 @@ impl Queue {
         }
     }
 
-    /// The next step: queries if there are any; the oldest text, and of the next [`WINDOW`] those
+    /// The next step: queries if there are any, but passages after every [`QUERY_STEPS`] of them; the oldest text, and of the next [`WINDOW`] those
     /// that are nearest to it in length.
     fn take_step(&mut self) -> Vec<Waiting> {
         self.queries.retain(|waiting| !waiting.answer.is_closed());
         self.passages.retain(|waiting| !waiting.answer.is_closed());
-        let queue = if self.queries.is_empty() { &mut self.passages } else { &mut self.queries };
+        let is_passages_turn = self.query_steps >= QUERY_STEPS && !self.passages.is_empty();
+        let queue = if self.queries.is_empty() || is_passages_turn {
+            self.query_steps = 0;
+            &mut self.passages
+        } else {
+            self.query_steps += 1;
+            &mut self.queries
+        };
         let Some(oldest) = queue.pop_front() else { return Vec::new() };
         let length = oldest.ids.len();
         let mut window: Vec<Waiting> = queue.drain(..queue.len().min(WINDOW)).collect();

@@ -108,7 +108,13 @@ pub async fn start(config: NodeConfig, peers: Peers, service: PeerService) -> Re
     open_control(&cluster, control, &config, &file).await?;
     follow_state(&cluster, &peers, &config, noted);
     let watched = cluster.groups().clone();
-    tokio::spawn(async move { watched.keep_watch().await });
+    tokio::spawn(async move {
+        loop {
+            let groups = watched.clone();
+            let ended = tokio::spawn(async move { groups.keep_watch().await }).await;
+            tracing::error!(?ended, "the watch over the other nodes has ended and is started again");
+        }
+    });
     watch_disk(cluster.clone(), config.data.clone(), config.disk_reserve_bytes);
 
     sweep::keep_sweeping(cluster.clone(), blobs.clone(), config.blob_grace);

@@ -7,6 +7,7 @@ use axum::extract::FromRequestParts;
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use serde::de::DeserializeOwned;
+use shoal_actors::cluster::Staleness;
 use shoal_actors::{Consistency, ReadOptions};
 use shoal_proto::{Error, Position, RequestId};
 use uuid::Uuid;
@@ -18,6 +19,8 @@ use crate::http::error::{Surface, render};
 pub const POSITION: HeaderName = HeaderName::from_static("x-shoal-position");
 /// How fresh a read must be.
 pub const CONSISTENCY: HeaderName = HeaderName::from_static("x-shoal-consistency");
+/// About how many milliseconds old the answer to an eventual read may be, or `unknown`.
+pub const STALENESS: HeaderName = HeaderName::from_static("x-shoal-staleness-ms");
 /// Names a write for safe retries.
 pub const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 /// Whether an answer without some shards is better than none.
@@ -40,12 +43,15 @@ pub struct Context {
     pub request_id: RequestId,
     /// Whether partial answers are wanted.
     pub allow_partial: bool,
+    /// How old the answers to its eventual reads may be.
+    pub staleness: Staleness,
 }
 
 impl Context {
     /// How reads are to be done.
     pub fn read_options(&self) -> ReadOptions {
-        ReadOptions { level: self.level, position: self.position.clone(), deadline: self.deadline }
+        let (position, staleness) = (self.position.clone(), self.staleness.clone());
+        ReadOptions { level: self.level, position, deadline: self.deadline, staleness }
     }
 
     /// The id of a part of this write.
@@ -94,6 +100,7 @@ fn read(parts: &Parts, app: &App) -> Result<Context, Error> {
         position,
         request_id,
         allow_partial,
+        staleness: parts.extensions.get().cloned().unwrap_or_default(),
     })
 }
 

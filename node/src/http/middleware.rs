@@ -9,12 +9,14 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use metrics::{counter, gauge, histogram};
 use sha2::{Digest, Sha256};
+use shoal_actors::cluster::Staleness;
 use shoal_proto::{Error, ErrorCode};
 use subtle::ConstantTimeEq;
 use tracing::Instrument;
 use uuid::Uuid;
 
 use crate::app::App;
+use crate::http::context::STALENESS;
 use crate::http::error::{Surface, render};
 
 /// The id of a request: the client's or a fresh one; in the answer and in every log line.
@@ -25,13 +27,15 @@ const MAX_REQUEST_ID_BYTES: usize = 128;
 const OPEN: [&str; 5] = ["/health/live", "/health/ready", "/healthz", "/livez", "/readyz"];
 
 /// One log line and one measurement per request.
-pub(super) async fn observe(request: Request, next: Next) -> Response {
+pub(super) async fn observe(mut request: Request, next: Next) -> Response {
     let started = Instant::now();
     let method = request.method().clone();
     let path = request.uri().path().to_owned();
     // The route, not the path: labels take few values.
     let route = request.extensions().get::<MatchedPath>().map_or("none", MatchedPath::as_str).to_owned();
     let id = request_id(request.headers());
+    let staleness = Staleness::default();
+    request.extensions_mut().insert(staleness.clone());
     gauge!("shoal_http_in_flight").increment(1.0);
     let span = tracing::info_span!("request", request_id = id);
     let mut response = next.run(request).instrument(span.clone()).await;
@@ -39,6 +43,10 @@ pub(super) async fn observe(request: Request, next: Next) -> Response {
     let status = response.status();
     if let Ok(value) = HeaderValue::from_str(&id) {
         response.headers_mut().insert(REQUEST_ID, value);
+    }
+    if let Some(age) = staleness.get() {
+        let age = age.map_or(HeaderValue::from_static("unknown"), HeaderValue::from);
+        response.headers_mut().insert(STALENESS, age);
     }
     let labels = [("method", method.to_string()), ("path", route), ("status", status.as_u16().to_string())];
     counter!("http_requests_total", &labels).increment(1);

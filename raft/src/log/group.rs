@@ -52,9 +52,9 @@ pub struct GroupLog {
     company: Arc<Company>,
 }
 
-/// Whether the last membership in a log has more than one voter. It is noted before that
+/// Whether the last membership in a log has more than one member. It is noted before that
 /// membership can reach any other node, so that who reads "alone" knows that nobody else can
-/// have been elected since.
+/// have been elected since, and that nobody else asks for a read index.
 #[derive(Default)]
 pub(crate) struct Company(AtomicU8);
 
@@ -62,19 +62,19 @@ impl Company {
     const ALONE: u8 = 1;
     const NOT_ALONE: u8 = 2;
 
-    /// Notes the number of voters of a membership that is about to be appended.
-    fn note(&self, voters: usize) {
-        self.0.store(if voters == 1 { Self::ALONE } else { Self::NOT_ALONE }, Ordering::SeqCst);
+    /// Notes the number of members of a membership that is about to be appended.
+    fn note(&self, members: usize) {
+        self.0.store(if members == 1 { Self::ALONE } else { Self::NOT_ALONE }, Ordering::SeqCst);
     }
 
     /// Notes the membership that a log was opened with, unless a newer one was noted.
-    pub(crate) fn note_first(&self, voters: usize) {
-        let first = if voters == 1 { Self::ALONE } else { Self::NOT_ALONE };
+    pub(crate) fn note_first(&self, members: usize) {
+        let first = if members == 1 { Self::ALONE } else { Self::NOT_ALONE };
         // Whatever was noted in between is newer.
         _ = self.0.compare_exchange(0, first, Ordering::SeqCst, Ordering::SeqCst);
     }
 
-    /// Whether the last membership has one voter.
+    /// Whether the last membership has one member.
     pub(crate) fn is_alone(&self) -> bool {
         self.0.load(Ordering::SeqCst) == Self::ALONE
     }
@@ -116,7 +116,7 @@ impl GroupLog {
         self.state.lock().live_bytes
     }
 
-    /// Whether the last membership in the log has more than one voter.
+    /// Whether the last membership in the log has more than one member.
     pub(crate) fn company(&self) -> &Company {
         &self.company
     }
@@ -250,7 +250,7 @@ impl RaftLogStorage<TypeConfig> for GroupLog {
             let mut state = self.state.lock();
             for entry in entries {
                 if let EntryPayload::Membership(membership) = &entry.payload {
-                    self.company.note(membership.voter_ids().count());
+                    self.company.note(membership.nodes().count());
                 }
                 let bytes = size_of_entry(&entry);
                 state.cached_bytes += bytes;

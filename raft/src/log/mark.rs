@@ -9,7 +9,7 @@
 //!   most every [`SYNC_EVERY`]: the end of a process loses nothing of it, a power cut that much.
 //! - `rewritten`: length and checksum of the files into which raft-engine has moved old entries.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -59,7 +59,12 @@ impl Mark {
                 let length = (file.metadata()?.len() as usize).min(bytes.len());
                 file.read_exact_at(&mut bytes[..length], 0)?;
                 let numbers = bytes.chunks(SLOT_BYTES).filter_map(read_slot);
-                numbers.max().ok_or_else(|| damaged("the mark of the last synced batch is unreadable"))?
+                match numbers.max() {
+                    Some(number) => number,
+                    // Its size reached the disk before the first number did.
+                    None if bytes == [0; 2 * SLOT_BYTES] => 0,
+                    None => return Err(damaged("the mark of the last synced batch is unreadable")),
+                }
             }
         };
         let rewritten: BTreeMap<String, Prefix> = match std::fs::read(dir.join("rewritten")) {
@@ -73,16 +78,22 @@ impl Mark {
             Err(error) if error.kind() == io::ErrorKind::NotFound => BTreeMap::new(),
             Err(error) => return Err(error),
         };
+        check_numbers(dir)?;
+        let mut has_seen_one = false;
         for (name, wanted) in &rewritten {
             match std::fs::read(dir.join(name)) {
                 Ok(bytes) => {
+                    has_seen_one = true;
                     let prefix = usize::try_from(wanted.bytes).ok().and_then(|length| bytes.get(..length));
                     if prefix.map(crc32fast::hash) != Some(wanted.crc) {
                         return Err(damaged(&format!("{name} is not what it was")));
                     }
                 }
-                // It was dropped after the marks were written.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                // Files are dropped oldest first, perhaps after the marks were written.
+                Err(error) if error.kind() == io::ErrorKind::NotFound && !has_seen_one => {}
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    return Err(damaged(&format!("{name} is missing")));
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -107,6 +118,11 @@ impl Mark {
         self.is_dirty
     }
 
+    /// Makes the last number durable if it has waited for long enough.
+    pub(super) fn sync_if_due(&mut self) -> io::Result<()> {
+        if self.synced_at.elapsed() >= SYNC_EVERY { self.sync() } else { Ok(()) }
+    }
+
     /// Notes that a batch was synced.
     pub(super) fn note(&mut self, sequence: u64) -> io::Result<()> {
         let number = sequence.to_le_bytes();
@@ -115,7 +131,7 @@ impl Mark {
         self.file.write_all_at(&slot, (sequence % 2) * SLOT_BYTES as u64)?;
         self.sequence = sequence;
         self.is_dirty = true;
-        if self.synced_at.elapsed() >= SYNC_EVERY { self.sync() } else { Ok(()) }
+        self.sync_if_due()
     }
 
     /// Makes the last number durable.
@@ -140,11 +156,16 @@ impl Mark {
             return Ok(());
         }
         let mut found = BTreeMap::new();
-        for path in files.keys() {
+        for (path, written_at) in &files {
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let known = self.rewritten.get(&name).filter(|_| self.looked_at.get(path) == Some(written_at));
+            if let Some(known) = known {
+                found.insert(name, known.clone());
+                continue;
+            }
             let bytes = std::fs::read(path)?;
             // The newest file is longer than what was written to it: its end is zeros.
             let written = bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
-            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
             found.insert(name, Prefix { bytes: written as u64, crc: crc32fast::hash(&bytes[..written]) });
         }
         self.looked_at = files;
@@ -159,6 +180,26 @@ impl Mark {
         self.rewritten = found;
         Ok(())
     }
+}
+
+/// raft-engine takes the files of each kind from the last gap in their numbers on, and says nothing
+/// of those before it.
+fn check_numbers(dir: &Path) -> io::Result<()> {
+    for kind in ["raftlog", "rewrite"] {
+        let mut numbers = BTreeSet::new();
+        for entry in std::fs::read_dir(dir)? {
+            let path = entry?.path();
+            let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+            if path.extension().is_some_and(|extension| extension == kind) {
+                numbers.extend(stem.parse::<u64>());
+            }
+        }
+        let span = numbers.first().zip(numbers.last()).map_or(0, |(first, last)| last - first + 1);
+        if span != numbers.len() as u64 {
+            return Err(damaged(&format!("a .{kind} file is missing")));
+        }
+    }
+    Ok(())
 }
 
 fn read_slot(slot: &[u8]) -> Option<u64> {

@@ -243,16 +243,22 @@ async fn opened_after(change: impl FnOnce(&mut Vec<u8>)) -> io::Result<LogStore>
             append(&mut log, vec![entry(1, index)]).await;
         }
     }
-    drop(open(dir.path()).await);
-    let files = std::fs::read_dir(&path).expect("listed").map(|entry| entry.expect("an entry").path());
+    // A copy, because the writer thread may hold its lock a moment longer. The file may be longer
+    // than what was written to it; that part is zeros.
+    let copy = tempfile::tempdir().expect("a temporary directory");
+    for entry in std::fs::read_dir(&path).expect("listed") {
+        let entry = entry.expect("an entry");
+        std::fs::copy(entry.path(), copy.path().join(entry.file_name())).expect("copied");
+    }
+    let files = std::fs::read_dir(copy.path()).expect("listed").map(|entry| entry.expect("an entry").path());
     let newest = files.filter(|path| path.extension().is_some_and(|end| end == "raftlog")).max();
     let newest = newest.expect("there is a file");
-    // Closing a log cuts its file to what was written.
-    std::thread::sleep(std::time::Duration::from_millis(100));
     let mut bytes = std::fs::read(&newest).expect("readable");
+    let written = bytes.iter().rposition(|byte| *byte != 0).expect("something was written");
+    bytes.truncate(written + 1);
     change(&mut bytes);
     std::fs::write(&newest, bytes).expect("writable");
-    LogStore::open(&path, &LogConfig::default())
+    LogStore::open(copy.path(), &LogConfig::default())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -293,4 +299,52 @@ fn moved_entries_are_checked_and_one_unreadable_mark_is_enough() {
     bytes[1] ^= 1;
     std::fs::write(&synced, &bytes).expect("writable");
     assert!(mark::Mark::open(dir.path()).is_err(), "no place is readable");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn entries_that_raft_engine_has_moved_are_marked_and_checked() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let config = LogConfig { file_bytes: 64 << 10, purge_threshold_bytes: 128 << 10 };
+    let open_small = || {
+        (0..500).find_map(|_| {
+            std::thread::sleep(std::time::Duration::from_millis(10));
+            LogStore::open(dir.path(), &config).ok()
+        })
+    };
+    {
+        let store = open_small().expect("opens");
+        let mut still = store.group(GroupId(1)).await.expect("opens");
+        append(&mut still, (1..=20).map(|index| entry(1, index)).collect()).await;
+        // A busy group fills file after file, so that what the quiet one has must be moved.
+        let mut busy = store.group(GroupId(2)).await.expect("opens");
+        for round in 0..60u64 {
+            append(&mut busy, (round * 200 + 1..=round * 200 + 200).map(|index| entry(1, index)).collect())
+                .await;
+            busy.purge(LogIdOf::<TypeConfig>::new_term_index(1, round * 200 + 199)).await.expect("purges");
+        }
+        // The purge of files runs on its own clock.
+        for _ in 0..300 {
+            std::thread::sleep(std::time::Duration::from_millis(100));
+            if dir.path().join("rewritten").exists() {
+                break;
+            }
+            store.groups().await.expect("listed");
+        }
+    }
+    assert!(dir.path().join("rewritten").exists(), "nothing was moved");
+    {
+        let store = open_small().expect("opens again");
+        let mut still = store.group(GroupId(1)).await.expect("opens");
+        assert_eq!(indexes(&mut still).await.len(), 20, "nothing was lost by moving it");
+    }
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    let files = std::fs::read_dir(dir.path()).expect("listed").map(|entry| entry.expect("an entry").path());
+    let moved = files.filter(|path| path.extension().is_some_and(|end| end == "rewrite")).max();
+    let moved = moved.expect("a file of moved entries");
+    let mut bytes = std::fs::read(&moved).expect("readable");
+    let written = bytes.iter().rposition(|byte| *byte != 0).expect("something was written");
+    bytes[written / 2] ^= 2;
+    std::fs::write(&moved, bytes).expect("writable");
+    let refused = LogStore::open(dir.path(), &config).err().expect("refused").to_string();
+    assert!(refused.contains("is not what it was"), "{refused}");
 }

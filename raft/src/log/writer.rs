@@ -207,7 +207,10 @@ impl Writer {
     fn run(mut self, ops: &Receiver<Op>) {
         loop {
             match ops.recv_timeout(if self.mark.is_dirty() { mark::SYNC_EVERY } else { PURGE_EVERY }) {
-                Ok(op) => self.step(op, ops),
+                Ok(op) => {
+                    self.step(op, ops);
+                    self.marked(Mark::sync_if_due);
+                }
                 Err(RecvTimeoutError::Timeout) => self.marked(Mark::sync),
                 Err(RecvTimeoutError::Disconnected) => return self.marked(Mark::sync),
             }
