@@ -14,8 +14,8 @@
 //! [`LEADER_NAP`], and a follower that was not asked again wakes after [`FOLLOWER_NAP`].
 //!
 //! The leases that keep a living leader from being deposed run out while a group sleeps. In their
-//! place a sleeping replica refuses the first pre-vote while its leader's node lives, and wakes:
-//! by the next round the leader has been heard.
+//! place a sleeping replica refuses pre-votes while its leader's node lives; a sleeping leader
+//! wakes and is heard before the next round.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -221,21 +221,19 @@ impl Group {
         join_all(asked).await.into_iter().all(|agreed| agreed) && self.sleep_unless_active(seen, &sleep)
     }
 
-    /// Whether a wish to stand for election comes too early: this replica sleeps, and the leader
-    /// lives as far as is known. It wakes, and a leader makes itself heard.
+    /// Whether a wish to stand for election comes too early: this replica sleeps, and its leader
+    /// lives as far as is known. A leader that hears of it wakes and makes itself heard; a follower
+    /// sleeps on, because with its own lease run out it would want to be elected too.
     pub(crate) fn refuses_pre_vote(&self) -> bool {
         let nap = self.idle().0.lock().asleep;
         let Some(nap) = nap else { return false };
-        let is_mine = nap.leader == self.node();
-        let leader_lives = is_mine || self.peers().beats().is_up(nap.leader, nap.boot);
-        if leader_lives {
-            self.wake();
+        if nap.leader != self.node() {
+            return self.peers().beats().is_up(nap.leader, nap.boot);
         }
-        if is_mine {
-            let raft = self.raft().clone();
-            tokio::spawn(async move { raft.trigger().heartbeat().await });
-        }
-        leader_lives
+        self.wake();
+        let raft = self.raft().clone();
+        tokio::spawn(async move { raft.trigger().heartbeat().await });
+        true
     }
 
     /// A leader's wish that this replica sleeps. Returns whether it does.

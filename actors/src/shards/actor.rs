@@ -17,7 +17,7 @@ use crate::replica::Replica;
 /// How often a replica is tended while something is going on in it.
 const TICK: Duration = Duration::from_millis(200);
 /// How often a replica is tended that nothing was written to since the last time.
-const QUIET_TICK: Duration = Duration::from_secs(1);
+const QUIET_TICK: Duration = Duration::from_secs(2);
 /// The pause between two slices of background work, so that searches get the graphs' locks.
 const BUSY_TICK: Duration = Duration::from_millis(1);
 /// How often a replica looks for blobs that it should hold and does not.
