@@ -570,7 +570,7 @@ impl Cluster {
 
     /// Answers a cheap question right here, and any other on the blocking pool, a bounded number
     /// at a time: handing a search over costs more than most searches do.
-    async fn run_read(&self, shard: Arc<Shard>, question: Read) -> Result<(u64, Answer), Error> {
+    pub(crate) async fn run_read(&self, shard: Arc<Shard>, question: Read) -> Result<(u64, Answer), Error> {
         let panicked = || Error::internal("a read panicked; the replica's files may be damaged");
         let cheap = std::panic::AssertUnwindSafe(|| shard.try_read(&question));
         if let Some(answered) = std::panic::catch_unwind(cheap).map_err(|_| panicked())? {

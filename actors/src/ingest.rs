@@ -118,16 +118,7 @@ impl IngestsState {
                 continue;
             }
             let question = Read::ListDocuments(Some(DocumentState::InProgress));
-            let answer = match local.shard.try_read(&question) {
-                Some(answer) => answer,
-                None => {
-                    let engine = local.shard.clone();
-                    match tokio::task::spawn_blocking(move || engine.read(&question)).await {
-                        Ok(answer) => answer,
-                        Err(_) => continue,
-                    }
-                }
-            };
+            let answer = self.arguments.cluster.run_read(local.shard.clone(), question).await;
             let Ok((_, Answer::Documents(documents))) = answer else { continue };
             for document in documents {
                 let key = (shard, document.id, document.version);

@@ -185,7 +185,7 @@ impl Group {
     /// Puts the group to sleep if this node leads it, every member has everything and nothing
     /// happens meanwhile. To be called when the group was quiet for a while.
     pub async fn rest(&self) {
-        if self.idle().0.lock().asleep.is_none() {
+        if !self.is_asleep() {
             self.put_to_sleep().await;
         }
     }

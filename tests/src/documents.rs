@@ -34,6 +34,26 @@ pub async fn upload(client: &Client, filename: &str, bytes: &[u8], id: Option<&s
     Ok(answer["id"].as_str().with_context(|| format!("a file without id: {answer}"))?.to_owned())
 }
 
+/// The files of all blobs in a node's data directory, which are at `blobs/SHARD/HA/HASH`.
+///
+/// # Errors
+/// When the directory cannot be read.
+pub fn blob_files(data: &Path) -> Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for shard in std::fs::read_dir(data.join("blobs"))? {
+        let shard = shard?;
+        if shard.file_name() == "spool" {
+            continue;
+        }
+        for folder in std::fs::read_dir(shard.path())? {
+            for blob in std::fs::read_dir(folder?.path())? {
+                files.push(blob?.path());
+            }
+        }
+    }
+    Ok(files)
+}
+
 /// The request behind [`upload`], for a test that sends it in its own way.
 pub fn upload_request(filename: &str, bytes: &[u8], id: Option<&str>) -> Request {
     let boundary = Uuid::new_v4().simple().to_string();

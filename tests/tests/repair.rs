@@ -3,12 +3,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use futures::{StreamExt, TryStreamExt, stream};
-use shoal_tests::documents::upload;
+use shoal_tests::documents::{blob_files, upload};
 use shoal_tests::{Client, Cluster, Freshness, Request, wait_until};
 
 /// The node that loses its disk: the one that has created the cluster, and that must not create
@@ -90,22 +90,12 @@ fn hash(bytes: &[u8]) -> String {
     blake3::hash(bytes).to_hex().to_string()
 }
 
-/// The hashes of the blobs in a data directory, which are at `blobs/SHARD/HA/HASH`.
+/// The hashes of the blobs in a data directory, each of which must be whole.
 fn blobs(data: &Path) -> Result<BTreeSet<String>> {
-    let mut hashes = BTreeSet::new();
-    for shard in std::fs::read_dir(data.join("blobs"))? {
-        let shard = shard?;
-        if shard.file_name() == "spool" {
-            continue;
-        }
-        for folder in std::fs::read_dir(shard.path())? {
-            for blob in std::fs::read_dir(folder?.path())? {
-                let blob = blob?;
-                let found = hash(&std::fs::read(blob.path())?);
-                ensure!(blob.file_name() == found.as_str(), "{} is damaged", blob.path().display());
-                hashes.insert(found);
-            }
-        }
-    }
-    Ok(hashes)
+    let check = |path: PathBuf| {
+        let found = hash(&std::fs::read(&path)?);
+        ensure!(path.ends_with(&found), "{} is damaged", path.display());
+        Ok(found)
+    };
+    blob_files(data)?.into_iter().map(check).collect()
 }

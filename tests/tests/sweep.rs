@@ -1,11 +1,11 @@
 //! The bytes of a deleted file are freed on every node; those of a file that is there are not.
 
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use shoal_tests::documents::upload;
+use shoal_tests::documents::{blob_files, upload};
 use shoal_tests::{Cluster, Request, wait_until};
 
 /// How long a blob is kept that no file names, in seconds.
@@ -45,18 +45,8 @@ fn hash(bytes: &[u8]) -> String {
     blake3::hash(bytes).to_hex().to_string()
 }
 
-/// The names of the blobs in a data directory, which are at `blobs/SHARD/HA/HASH`.
+/// The names of the blobs in a data directory.
 fn blobs(data: &Path) -> Result<BTreeSet<String>> {
-    let mut names = BTreeSet::new();
-    for shard in std::fs::read_dir(data.join("blobs"))? {
-        for folder in std::fs::read_dir(shard?.path())? {
-            let folder = folder?.path();
-            if folder.is_dir() {
-                for blob in std::fs::read_dir(folder)? {
-                    names.insert(blob?.file_name().to_string_lossy().into_owned());
-                }
-            }
-        }
-    }
-    Ok(names)
+    let name = |path: PathBuf| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    Ok(blob_files(data)?.into_iter().map(name).collect())
 }

@@ -29,6 +29,7 @@ use serde::Deserialize;
 use sha2::{Digest, Sha256};
 use shoal_proto::{Error, ErrorCode};
 use tokenizers::Tokenizer;
+use tokio::sync::oneshot::error::TryRecvError;
 use tokio::sync::{Semaphore, oneshot};
 
 use super::TextKind;
@@ -156,17 +157,10 @@ impl LocalModel {
         let model = self.clone();
         let encoded =
             tokio::task::spawn_blocking(move || model.encode(kind, &texts)).await.map_err(panicked)??;
-        let mut answers = Vec::with_capacity(encoded.len());
-        {
-            let mut queue = self.queue.lock();
-            for ids in encoded {
-                let (answer, answered) = oneshot::channel();
-                queue.of(kind).push_back(Waiting { ids, answer });
-                answers.push(async {
-                    answered.await.unwrap_or_else(|_| Err(Error::internal("the model panicked")))
-                });
-            }
-        }
+        let answers = self
+            .enqueue(kind, encoded)
+            .into_iter()
+            .map(async |answer| answer.await.unwrap_or_else(|_| Err(Error::internal("the model panicked"))));
         let mut answers = std::pin::pin!(futures::future::try_join_all(answers));
         // Whoever has the turn does the next step, be it for itself or for others.
         loop {
@@ -191,26 +185,30 @@ impl LocalModel {
     /// # Errors
     /// Internal, when tokenizer or model refuse.
     pub fn embed_blocking(&self, kind: TextKind, texts: &[String]) -> Result<Vec<Vec<f32>>, Error> {
-        let encoded = self.encode(kind, texts)?;
-        let mut order: Vec<usize> = (0..encoded.len()).collect();
-        // Texts of like length go together, so that little is padded.
-        order.sort_by_key(|index| encoded[*index].len());
-        let mut vectors = vec![Vec::new(); texts.len()];
-        let mut rest = order.as_slice();
-        while !rest.is_empty() {
-            let mut take = 1;
-            while take < rest.len() && (take + 1) * encoded[rest[take]].len() <= STEP_TOKENS {
-                take += 1;
+        let answers = self.enqueue(kind, self.encode(kind, texts)?);
+        let embed = |mut answer: oneshot::Receiver<_>| loop {
+            match answer.try_recv() {
+                Ok(vector) => return vector,
+                Err(TryRecvError::Empty) => self.step(),
+                Err(TryRecvError::Closed) => return Err(Error::internal("the model panicked")),
             }
-            let (step, later) = rest.split_at(take);
-            let ids: Vec<&[u32]> = step.iter().map(|index| encoded[*index].as_slice()).collect();
-            let found = self.weights.forward(&ids).map_err(Error::internal)?;
-            for (index, vector) in step.iter().zip(found) {
-                vectors[*index] = vector;
-            }
-            rest = later;
-        }
-        Ok(vectors)
+        };
+        answers.into_iter().map(embed).collect()
+    }
+
+    /// Puts texts into the queue, for whoever does the next steps.
+    fn enqueue(
+        &self,
+        kind: TextKind,
+        encoded: Vec<Vec<u32>>,
+    ) -> Vec<oneshot::Receiver<Result<Vec<f32>, Error>>> {
+        let mut queue = self.queue.lock();
+        let enqueue = |ids| {
+            let (answer, answered) = oneshot::channel();
+            queue.of(kind).push_back(Waiting { ids, answer });
+            answered
+        };
+        encoded.into_iter().map(enqueue).collect()
     }
 
     fn encode(&self, kind: TextKind, texts: &[String]) -> Result<Vec<Vec<u32>>, Error> {

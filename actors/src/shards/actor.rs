@@ -49,7 +49,7 @@ pub(super) struct ShardState {
     /// The last index that was applied when the replica was tended last.
     seen: u64,
     blobs_seen: Instant,
-    blob_turn: std::ops::RangeFrom<usize>,
+    blobs_tried: usize,
 }
 
 impl Actor for Shard {
@@ -77,7 +77,7 @@ impl Actor for Shard {
         let local = LocalShard { shard, group };
         cluster.add_local(id, local.clone());
         myself.cast(ShardMessage::Tick)?;
-        Ok(ShardState { id, cluster, blobs, local, seen: 0, blobs_seen: Instant::now(), blob_turn: 0.. })
+        Ok(ShardState { id, cluster, blobs, local, seen: 0, blobs_seen: Instant::now(), blobs_tried: 0 })
     }
 
     async fn handle(
@@ -127,14 +127,13 @@ impl ShardState {
     /// A replica that was added later, or took a lost disk's place, has the records of files but
     /// not their bytes: it fetches them from the others.
     async fn fetch_missing_blobs(&mut self) {
-        let shard = self.local.shard.clone();
-        let listed = tokio::task::spawn_blocking(move || shard.read(&Read::ListFiles)).await;
-        let Ok(Ok((_, Answer::Files(files)))) = listed else { return };
+        let listed = self.cluster.run_read(self.local.shard.clone(), Read::ListFiles).await;
+        let Ok((_, Answer::Files(files))) = listed else { return };
         let mut missing: Vec<FileRecord> =
             files.into_iter().filter(|file| !self.blobs.contains(self.id, file.blob)).collect();
         // Begins elsewhere each time, so that some that nobody has do not keep the others back.
-        let turn = self.blob_turn.next().unwrap_or_default() * BLOBS_AT_ONCE;
-        let start = turn.checked_rem(missing.len()).unwrap_or_default();
+        self.blobs_tried = self.blobs_tried.wrapping_add(BLOBS_AT_ONCE);
+        let start = self.blobs_tried.checked_rem(missing.len()).unwrap_or_default();
         missing.rotate_left(start);
         for file in missing.into_iter().take(BLOBS_AT_ONCE) {
             if let Err(error) = blobs::fetch(&self.cluster, &self.blobs, self.id, file.blob).await {

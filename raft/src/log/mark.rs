@@ -54,9 +54,9 @@ impl Mark {
         let mut bytes = [0; 2 * SLOT_BYTES];
         let sequence = match file.metadata()?.len() {
             0 => 0,
-            _ => {
+            length => {
                 // A power cut may have kept the first of the two only.
-                let length = (file.metadata()?.len() as usize).min(bytes.len());
+                let length = (length as usize).min(bytes.len());
                 file.read_exact_at(&mut bytes[..length], 0)?;
                 let numbers = bytes.chunks(SLOT_BYTES).filter_map(read_slot);
                 match numbers.max() {
@@ -131,7 +131,7 @@ impl Mark {
         self.file.write_all_at(&slot, (sequence % 2) * SLOT_BYTES as u64)?;
         self.sequence = sequence;
         self.is_dirty = true;
-        self.sync_if_due()
+        Ok(())
     }
 
     /// Makes the last number durable.

@@ -1,10 +1,8 @@
 //! The engine of a shard called in this process: what a search costs without HTTP, JSON and Raft.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Result, bail};
 use serde_json::json;
 use shoal_engine::command::{Answer, Command, Envelope, Leg, Point, Read, Search, Select};
 use shoal_engine::{Entry, Shard};
@@ -12,6 +10,7 @@ use shoal_proto::{CollectionConfig, Distance, PointId, VectorParams, codec};
 
 use super::Pace;
 use super::data::{TOP, Vectors, recall};
+use super::graph::rate;
 use super::report::{Report, Row};
 
 /// Points in one log entry.
@@ -41,10 +40,10 @@ pub(super) fn run(vectors: &Vectors, pace: &Pace, report: &mut Report) -> Result
     let applied = started.elapsed();
     while shard.work()? {}
     let indexed = started.elapsed() - applied;
-    let found =
-        (0..vectors.query_count()).map(|at| search(&shard, vectors, at)).collect::<Result<Vec<_>>>()?;
+    let search = |at: usize| search(&shard, vectors, at);
+    let found = (0..vectors.query_count()).map(search).collect::<Result<Vec<_>>>()?;
     let recall = recall(&found, vectors.truth());
-    let (one, two) = (rate(&shard, vectors, 1, pace.in_process)?, rate(&shard, vectors, 2, pace.in_process)?);
+    let (one, two) = (rate(vectors, 1, pace.in_process, search)?, rate(vectors, 2, pace.in_process, search)?);
     let note = format!(
         "recall@10 {recall:.3}; applied in {:.1} s, in the graph {:.1} s later",
         applied.as_secs_f64(),
@@ -71,20 +70,4 @@ fn search(shard: &Shard, vectors: &Vectors, at: usize) -> Result<Vec<u64>> {
     let (_, Answer::Lists(lists)) = shard.read(&Read::Search(search))? else { bail!("not lists") };
     let id = |id: PointId| if let PointId::Num(id) = id { id } else { u64::MAX };
     Ok(lists.into_iter().flatten().map(|hit| id(hit.id)).collect())
-}
-
-/// Searches each second of so many threads together.
-fn rate(shard: &Shard, vectors: &Vectors, threads: usize, time: Duration) -> Result<f64> {
-    let (started, next) = (Instant::now(), AtomicUsize::new(0));
-    let work = || {
-        while started.elapsed() < time {
-            search(shard, vectors, next.fetch_add(1, Ordering::Relaxed) % vectors.query_count())?;
-        }
-        anyhow::Ok(())
-    };
-    thread::scope(|scope| {
-        let running: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
-        running.into_iter().try_for_each(|one| one.join().map_err(|_| anyhow!("a thread has panicked"))?)
-    })?;
-    Ok(next.load(Ordering::Relaxed) as f64 / started.elapsed().as_secs_f64())
 }

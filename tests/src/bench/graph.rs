@@ -41,8 +41,8 @@ pub(super) fn measure(vectors: &Vectors, time: Duration) -> Result<InProcess> {
     Ok(InProcess {
         build,
         recall: recall(&found, vectors.truth()),
-        one_thread: rate(&index, vectors, 1, time)?,
-        two_threads: rate(&index, vectors, THREADS, time)?,
+        one_thread: rate(vectors, 1, time, search)?,
+        two_threads: rate(vectors, THREADS, time, search)?,
     })
 }
 
@@ -71,12 +71,16 @@ fn build(vectors: &Vectors) -> Result<Index> {
 }
 
 /// Searches each second of so many threads together.
-fn rate(index: &Index, vectors: &Vectors, threads: usize, time: Duration) -> Result<f64> {
+pub(super) fn rate<T>(
+    vectors: &Vectors,
+    threads: usize,
+    time: Duration,
+    search: impl Fn(usize) -> Result<T> + Sync,
+) -> Result<f64> {
     let (started, next) = (Instant::now(), AtomicUsize::new(0));
     in_threads(threads, || {
         while started.elapsed() < time {
-            let at = next.fetch_add(1, Ordering::Relaxed) % vectors.query_count();
-            index.search(vectors.query(at), TOP)?;
+            search(next.fetch_add(1, Ordering::Relaxed) % vectors.query_count())?;
         }
         Ok(())
     })?;
