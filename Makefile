@@ -5,23 +5,43 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 NODES ?= 3
 DOCS ?=
 
-.PHONY: run test bench build model setup lint doc fmt
+.PHONY: run test bench chaos chaos-ci chaos-all chaos-planted chaos-tools build model setup lint doc fmt
 
 ## A cluster of NODES nodes on this machine, a corpus ingested, one search answered. Ctrl-C stops it.
 run: build model
 	@SHOAL_BIN=$(TARGET)/release/shoal NODES=$(NODES) DOCS="$(DOCS)" deploy/run-local.sh
 
-## All tests: unit, conformance, property, whole-system with real processes, deployment files.
-test: setup model build
+## All tests: unit, conformance, property, whole-system with real processes, chaos, deployment files.
+test: setup chaos-tools model build
 	cargo test --release --workspace
+	$(MAKE) chaos-ci
 	python3 tests/deploy/check_metrics.py --self-test
 	python3 tests/deploy/validate_manifests.py --self-test
 	python3 tests/deploy/validate_manifests.py
 	tests/deploy/compose_test.sh $(TARGET)/release/shoal
 
+## Every row of the chaos matrix in its small size (about 17 minutes; as root, or most rows are skipped).
+chaos: chaos-tools build
+	$(TARGET)/release/chaos run all --out $(TARGET)/chaos
+
+## A selection of about 6 minutes.
+chaos-ci: chaos-tools build
+	$(TARGET)/release/chaos run ci --out $(TARGET)/chaos
+
+## Every row in its large size: a night.
+chaos-all: chaos-tools build
+	$(TARGET)/release/chaos run all --size nightly --out $(TARGET)/chaos
+
+## Bugs on purpose, each of which chaos must catch. The build with the bugs is a file of its own.
+chaos-planted: chaos-tools build
+	cargo build --release --workspace --features shoal-node/planted-bugs --bin shoal
+	cp $(TARGET)/release/shoal $(TARGET)/release/shoal-planted
+	cargo build --release --workspace
+	$(TARGET)/release/chaos planted --bin $(TARGET)/release/shoal-planted --out $(TARGET)/chaos/planted
+
 ## The numbers in README. Nothing is asserted; JSON goes to bench.json.
 bench: build model
-	cargo run --release -p shoal-tests --bin bench -- --json bench.json
+	$(TARGET)/release/bench --json bench.json
 
 build: setup
 	cargo build --release --workspace
@@ -31,6 +51,9 @@ model:
 
 setup:
 	@deploy/setup.sh
+
+chaos-tools:
+	@deploy/setup.sh chaos
 
 lint:
 	cargo fmt --check

@@ -197,7 +197,7 @@ impl Upload {
             std::fs::rename(path, target)?;
             // The file's name, and the names of the folders that may be new.
             for dir in parent.ancestors().take_while(|dir| dir.starts_with(root.as_path())) {
-                std::fs::File::open(dir)?.sync_all()?;
+                shoal_engine::files::sync_dir(dir)?;
             }
             Ok(())
         })

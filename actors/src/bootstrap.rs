@@ -14,18 +14,23 @@
 //! create; and a node that was promised an id stores it before it uses it.
 
 use std::collections::BTreeMap;
-use std::io::{self, Write};
+use std::error::Error as _;
+use std::io;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
+use shoal_engine::files::{self, sync_dir};
 use shoal_proto::peer::{HelloReply, HelloRequest, JoinRequest};
+use shoal_proto::planted::crash_point;
 use shoal_proto::{Error, ErrorCode, NodeId};
 use shoal_raft::Peers;
 use shoal_raft::cluster::Addresses;
 
 /// How long one round of greetings may take per address.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a node whose disk is damaged looks for members that take it in anew.
+const REJOIN_LIMIT: Duration = Duration::from_secs(60);
 /// The pause between two rounds.
 const ROUND_PAUSE: Duration = Duration::from_millis(200);
 
@@ -41,6 +46,8 @@ pub struct NodeFile {
     pub node: NodeId,
     /// Empty until the node belongs to a cluster.
     pub cluster_id: String,
+    /// Over everything else: a flipped bit must not make this node another one.
+    checksum: String,
 }
 
 /// The layout of the data directory that this build writes.
@@ -52,7 +59,18 @@ impl NodeFile {
         std::fs::create_dir_all(dir)?;
         match std::fs::read(dir.join("node.json")) {
             Ok(bytes) => {
-                let file: NodeFile = serde_json::from_slice(&bytes).map_err(io::Error::other)?;
+                let damaged = |reason: String| {
+                    io::Error::new(io::ErrorKind::InvalidData, format!("node.json is damaged: {reason}"))
+                };
+                let file: NodeFile =
+                    serde_json::from_slice(&bytes).map_err(|error| match error.is_data() {
+                        // Well-formed, but of another version.
+                        true => io::Error::other(format!("node.json: {error}")),
+                        false => damaged(error.to_string()),
+                    })?;
+                if file.checksum != file.sum() {
+                    return Err(damaged("wrong checksum".to_owned()));
+                }
                 match file.format {
                     FORMAT => Ok(file),
                     other => Err(io::Error::other(format!(
@@ -61,9 +79,7 @@ impl NodeFile {
                 }
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                let incarnation = uuid::Uuid::new_v4().to_string();
-                let file =
-                    NodeFile { format: FORMAT, incarnation, node: NodeId(0), cluster_id: String::new() };
+                let mut file = NodeFile::fresh();
                 file.save(dir)?;
                 Ok(file)
             }
@@ -71,14 +87,27 @@ impl NodeFile {
         }
     }
 
+    /// A node that belongs to no cluster yet.
+    fn fresh() -> NodeFile {
+        NodeFile {
+            format: FORMAT,
+            incarnation: uuid::Uuid::new_v4().to_string(),
+            node: NodeId(0),
+            cluster_id: String::new(),
+            checksum: String::new(),
+        }
+    }
+
+    fn sum(&self) -> String {
+        let of = format!("{} {} {} {}", self.format, self.incarnation, self.node, self.cluster_id);
+        blake3::hash(of.as_bytes()).to_hex()[..16].to_owned()
+    }
+
     /// Stores the file durably.
-    pub fn save(&self, dir: &Path) -> io::Result<()> {
-        let fresh = dir.join("node.json.fresh");
-        let mut file = std::fs::File::create(&fresh)?;
-        file.write_all(&serde_json::to_vec_pretty(self).map_err(io::Error::other)?)?;
-        file.sync_all()?;
-        std::fs::rename(&fresh, dir.join("node.json"))?;
-        std::fs::File::open(dir)?.sync_all()
+    pub fn save(&mut self, dir: &Path) -> io::Result<()> {
+        self.checksum = self.sum();
+        let content = serde_json::to_vec_pretty(self).map_err(io::Error::other)?;
+        files::replace(&dir.join("node.json"), &content)
     }
 
     /// Whether the node belongs to a cluster.
@@ -124,7 +153,7 @@ pub async fn find_cluster(peers: &Peers, discovery: &Discovery, file: &NodeFile)
         let greetings = greet(peers, discovery).await;
         match decide(&discovery.name, discovery.expect, &greetings) {
             Decision::Create => return Found::Create,
-            Decision::Join(address) => match join(peers, discovery, file, &address).await {
+            Decision::Join(address) => match join(peers, discovery, file, &address, false).await {
                 Ok(found) => return found,
                 Err(error) => tracing::warn!(%error, address, "could not join yet; will try again"),
             },
@@ -184,8 +213,14 @@ async fn hello(peers: &Peers, name: &str, address: &str) -> Option<HelloReply> {
     match tokio::time::timeout(HELLO_TIMEOUT, client.hello(request)).await {
         Ok(Ok(reply)) => Some(reply.into_inner()),
         Ok(Err(status)) => {
-            if status.code() == tonic::Code::Unauthenticated {
-                tracing::error!(address, "a peer refuses this node's cluster secret");
+            // The causes say more than the status, which is only that there is no connection.
+            let mut cause = status.source();
+            while let Some(error) = cause {
+                if error.to_string().contains("certificate") {
+                    tracing::error!(address, "a peer has another cluster secret than this node");
+                    break;
+                }
+                cause = error.source();
             }
             None
         }
@@ -207,7 +242,79 @@ pub async fn resolve(targets: &[String]) -> Vec<String> {
     addresses
 }
 
-async fn join(peers: &Peers, discovery: &Discovery, file: &NodeFile, address: &str) -> Result<Found, Error> {
+/// Gives up an identity whose disk is damaged, and joins as a new node that takes its place. The
+/// damaged files are moved into a folder beside, in place of what was there from another time.
+///
+/// # Errors
+/// Unavailable, when no member answers in [`REJOIN_LIMIT`] or the cluster needs what is there.
+pub async fn rejoin(
+    peers: &Peers,
+    discovery: &Discovery,
+    dir: &Path,
+    reason: &io::Error,
+) -> Result<(), Error> {
+    tracing::error!(%reason, "what this node has stored is damaged; it will join as a new node");
+    let mut file = NodeFile::fresh();
+    let mut refusal = "no member of the cluster answers".to_owned();
+    let end = Instant::now() + REJOIN_LIMIT;
+    while Instant::now() < end {
+        for (address, (_, cluster)) in greet(peers, discovery).await {
+            if cluster.is_empty() {
+                continue;
+            }
+            match join(peers, discovery, &file, &address, true).await {
+                Ok(Found::Joined { node, cluster_id }) => {
+                    (file.node, file.cluster_id) = (node, cluster_id);
+                    crash_point("rejoin-joined");
+                    set_aside(dir).map_err(Error::internal)?;
+                    file.save(dir).map_err(Error::internal)?;
+                    crash_point("rejoin-saved");
+                    metrics::counter!("shoal_node_rejoins_total").increment(1);
+                    tracing::warn!(node = node.0, "this node has a new id; its shards are being filled");
+                    return Ok(());
+                }
+                Ok(Found::Create) => {}
+                Err(error) => refusal = error.message,
+            }
+        }
+        tokio::time::sleep(ROUND_PAUSE).await;
+    }
+    Err(Error::unavailable(format!("{reason}; and it cannot join as a new node: {refusal}")))
+}
+
+/// Moves what a node has stored into the folder `damaged`. The identity goes first and durably:
+/// after a crash half-way the node has none, and can not go on as the old one without its log.
+fn set_aside(dir: &Path) -> io::Result<()> {
+    const PARTS: [&str; 5] = ["log", "control", "shards", "blobs", "incoming"];
+    let aside = dir.join("damaged");
+    let identity = dir.join("node.json");
+    // Without an identity, what is there was begun by an attempt that did not end.
+    if identity.exists() && aside.exists() {
+        std::fs::remove_dir_all(&aside)?;
+    }
+    std::fs::create_dir_all(&aside)?;
+    if identity.exists() {
+        std::fs::rename(identity, aside.join("node.json"))?;
+        sync_dir(&aside)?;
+        sync_dir(dir)?;
+        crash_point("rejoin-identity-aside");
+    }
+    for part in PARTS.into_iter().filter(|part| dir.join(part).exists()) {
+        std::fs::rename(dir.join(part), aside.join(part))?;
+    }
+    sync_dir(&aside)?;
+    sync_dir(dir)?;
+    crash_point("rejoin-parts-aside");
+    Ok(())
+}
+
+async fn join(
+    peers: &Peers,
+    discovery: &Discovery,
+    file: &NodeFile,
+    address: &str,
+    gives_up: bool,
+) -> Result<Found, Error> {
     let unavailable = |reason: &str| Error::new(ErrorCode::Unavailable, reason);
     let mut client = peers.client_at(address).map_err(|reason| unavailable(&reason))?;
     let request = JoinRequest {
@@ -217,6 +324,7 @@ async fn join(peers: &Peers, discovery: &Discovery, file: &NodeFile, address: &s
         grpc_address: discovery.addresses.grpc.clone(),
         mesh_address: discovery.addresses.mesh.clone(),
         zone: discovery.zone.clone(),
+        gives_up,
     };
     let reply = client.join(request).await.map_err(|status| unavailable(status.message()))?.into_inner();
     Ok(Found::Joined { node: NodeId(reply.node_id), cluster_id: reply.cluster_id })

@@ -53,6 +53,11 @@ pub(crate) enum Call {
         /// The question.
         question: Read,
     },
+    /// Tell the latest sums over the state of your replica.
+    StateSums {
+        /// The shard's group.
+        group: GroupId,
+    },
     /// Parse a file, if you have room.
     Parse {
         /// Its name, which tells the format.
@@ -81,6 +86,8 @@ pub(crate) enum Reply {
     /// The answer, the index that was applied when it was made, and for an eventual read about how
     /// many milliseconds old it may be, if that is known.
     Answered(u64, Answer, Option<u64>),
+    /// Log indexes, each with the sum over the state after it.
+    StateSums(Vec<(u64, u64)>),
     /// What the parser made of the file.
     Parsed(Parsed),
     /// One vector per text.

@@ -19,6 +19,7 @@ use parking_lot::{Mutex, RwLock};
 use shoal_engine::Shard;
 use shoal_engine::command::{Answer, Command, Envelope, Outcome, Read};
 use shoal_proto::peer::CallRequest;
+use shoal_proto::planted::{Bug, is_planted};
 use shoal_proto::{Error, ErrorCode, GroupId, NodeId, Position, RequestId, ShardId, codec};
 use shoal_raft::cluster::{self, ClusterState};
 use shoal_raft::{Error as RaftError, Group, Groups, Lane};
@@ -50,6 +51,18 @@ pub struct ReadOptions {
     pub deadline: Instant,
     /// Where eventual reads note how old their answers may be.
     pub staleness: Staleness,
+}
+
+impl ReadOptions {
+    /// A read that sees all that was acknowledged before it began.
+    pub fn linearizable(deadline: Instant) -> ReadOptions {
+        ReadOptions {
+            level: Consistency::Linearizable,
+            position: Position::default(),
+            deadline,
+            staleness: Staleness::default(),
+        }
+    }
 }
 
 /// How old the oldest of several answers may be. Clones share it.
@@ -276,9 +289,15 @@ impl Cluster {
                     self.doubt_leader(group, target, error.code);
                     reason = error.message;
                 }
+                // A refusal of this attempt says nothing of the one before.
+                Reply::Failed(error) if is_unknown => {
+                    reason = error.message;
+                    break;
+                }
                 Reply::Failed(error) => return Err(error),
                 Reply::Index(_)
                 | Reply::Answered(..)
+                | Reply::StateSums(_)
                 | Reply::Parsed(_)
                 | Reply::Embedded(_)
                 | Reply::UseGrpc => {
@@ -314,7 +333,7 @@ impl Cluster {
     ///
     /// # Errors
     /// Unavailable when the control group does not answer in time.
-    pub(crate) async fn fresh_state(&self, deadline: Instant) -> Result<Arc<ClusterState>, Error> {
+    pub async fn fresh_state(&self, deadline: Instant) -> Result<Arc<ClusterState>, Error> {
         let control = self.inner.groups.get(GroupId::CONTROL)?;
         let index = self.read_index(&control, deadline).await?;
         control.wait_applied(index, deadline.saturating_duration_since(Instant::now())).await?;
@@ -442,6 +461,7 @@ impl Cluster {
                 | Reply::UseGrpc
                 | Reply::Index(_)
                 | Reply::Proposed(..)
+                | Reply::StateSums(_)
                 | Reply::Parsed(_)
                 | Reply::Embedded(_) => {
                     reason = format!("node {target} could not answer");
@@ -506,6 +526,10 @@ impl Cluster {
             Call::ReadIndex { group } => {
                 Ok(Reply::Index(self.inner.groups.get(group)?.read_index(Duration::from_secs(2)).await?))
             }
+            Call::StateSums { group } => {
+                let local = self.local_shard(ShardId(group.0)).ok_or(RaftError::UnknownGroup(group))?;
+                Ok(Reply::StateSums(local.shard.state_sums()))
+            }
             work @ (Call::Parse { .. } | Call::Embed { .. }) => Ok(match self.work() {
                 Some(pool) => pool.serve(work).await,
                 None => Reply::Failed(Error::unavailable("this node is still starting")),
@@ -514,6 +538,7 @@ impl Cluster {
                 let local = self.local_shard(ShardId(group.0)).ok_or(RaftError::UnknownGroup(group))?;
                 let deadline = Instant::now() + Duration::from_millis(timeout_ms);
                 let index = match level {
+                    _ if is_planted(Bug::ReadOnFollower) => 0,
                     Consistency::Linearizable => self.read_index(&local.group, deadline).await?,
                     Consistency::Session => floor,
                     Consistency::Eventual => 0,

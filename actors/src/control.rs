@@ -1,12 +1,13 @@
 //! The control group's state machine: [`ClusterState`] in memory, a checked file for restarts,
 //! and a watch that tells this node of every change.
 
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
+use shoal_engine::files;
 use shoal_proto::{ErrorCode, codec};
 use shoal_raft::cluster::{ClusterState, Command, Response};
 use shoal_raft::machine::Exported;
@@ -47,12 +48,7 @@ impl Control {
     }
 
     fn save(&self, held: &Held) -> io::Result<()> {
-        let fresh = self.file.with_extension("fresh");
-        let mut file = std::fs::File::create(&fresh)?;
-        file.write_all(&seal(held))?;
-        file.sync_all()?;
-        std::fs::rename(&fresh, &self.file)?;
-        std::fs::File::open(self.file.parent().expect("a file has a directory"))?.sync_all()
+        files::replace(&self.file, &seal(held))
     }
 }
 
@@ -68,7 +64,9 @@ fn unseal(bytes: &[u8]) -> io::Result<Held> {
     if sum != blake3::hash(body).as_bytes() {
         return Err(damaged("wrong checksum".into()));
     }
-    let (tag, state) = codec::decode(body).map_err(|error| damaged(error.to_string()))?;
+    // Whole, but of another version.
+    let decoded = codec::decode(body);
+    let (tag, state) = decoded.map_err(|error| io::Error::other(format!("cluster state: {error}")))?;
     Ok(Held { tag, state })
 }
 

@@ -20,6 +20,7 @@
 //! | [`bootstrap`] | how a node comes to belong to a cluster |
 //! | [`blobs`] | original bytes, content-addressed and replicated beside the log |
 //! | [`parse`], [`embed`], [`work`] | files to text, text to vectors, here or on an idle node |
+//! | [`tls`] | encryption between nodes |
 //! | [`root`] | start and stop |
 //!
 //! **2026-11, one Ingests actor a node.** The design names one ingest actor per led shard. The
@@ -44,6 +45,7 @@ pub mod search;
 pub mod service;
 mod shards;
 mod sweep;
+pub mod tls;
 pub mod work;
 
 pub use call::Consistency;

@@ -9,10 +9,13 @@
 //! The library does not redial, does not notice a silent partition, and kills a session at an
 //! oversized frame. So: sessions are dialled from a tick; remote references are looked up by
 //! group for every call and never kept; every call has a time-out, after which the caller uses
-//! gRPC; and nothing over [`limits::MAX_MESH_BYTES`] is sent.
+//! gRPC; and nothing over [`limits::MAX_MESH_BYTES`] is sent. Its listener takes one handshake
+//! at a time, so that one silent stranger would close it to everybody: connections are accepted
+//! here ([`crate::tls`]), and the library's own listener sits on a loopback port that nobody
+//! is told of.
 
 use std::collections::HashSet;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,16 +23,19 @@ use ractor::rpc::CallResult;
 use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent, pg};
 use ractor_cluster::node::NodeConnectionMode;
 use ractor_cluster::{
-    IncomingEncryptionMode, NodeServer, NodeServerMessage, RactorClusterMessage, RactorMessage,
+    IncomingEncryptionMode, NetworkStream, NodeServer, NodeServerMessage, RactorClusterMessage, RactorMessage,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use shoal_proto::{Error, ErrorCode, NodeId, codec};
+use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
+use tokio::task::JoinHandle;
 
 use crate::call::{Call, Reply};
 use crate::cluster::Cluster;
 use crate::limits;
+use crate::tls::{Incoming, PeerTls};
 
 /// The scope of all process groups of Shoal.
 const SCOPE: &str = "shoal";
@@ -176,6 +182,7 @@ pub(crate) struct MeshArguments {
     pub(crate) cluster: Cluster,
     pub(crate) listen: SocketAddr,
     pub(crate) secret: String,
+    pub(crate) tls: PeerTls,
 }
 
 #[derive(RactorMessage)]
@@ -187,6 +194,17 @@ pub(crate) enum MeshMessage {
 pub(crate) struct MeshState {
     cluster: Cluster,
     server: ActorRef<NodeServerMessage>,
+    tls: PeerTls,
+    _accepting: Accepting,
+}
+
+/// Accepts connections until it is dropped, however the actor ends: the next one needs the port.
+struct Accepting(JoinHandle<()>);
+
+impl Drop for Accepting {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 impl Actor for Mesh {
@@ -199,20 +217,25 @@ impl Actor for Mesh {
         myself: ActorRef<MeshMessage>,
         arguments: MeshArguments,
     ) -> Result<MeshState, ActorProcessingErr> {
-        let MeshArguments { cluster, listen, secret } = arguments;
+        let MeshArguments { cluster, listen, secret, tls } = arguments;
+        let listener = TcpListener::bind(listen).await?;
         let server = NodeServer::new(
-            listen.port(),
+            0,
             secret,
             session_name(cluster.node()),
             format!("{}-{}", listen.ip(), cluster.node()),
-            Some(IncomingEncryptionMode::Raw),
+            Some(IncomingEncryptionMode::Tls(tls.acceptor())),
             Some(NodeConnectionMode::Isolated),
         )
-        .with_listen_addr(listen.ip())
+        .with_listen_addr(Ipv4Addr::LOCALHOST.into())
         .with_max_inbound_frame_size(4 * limits::MAX_MESH_BYTES as u64);
         let (server, _) = Actor::spawn_linked(None, server, (), myself.get_cell()).await?;
+        let (accepts, sessions) = (tls.clone(), server.clone());
+        let accepting = tokio::spawn(async move {
+            accepts.accept(listener, false, move |incoming| open_session(&sessions, incoming)).await;
+        });
         myself.send_interval(DIAL_TICK, || MeshMessage::Dial);
-        Ok(MeshState { cluster, server })
+        Ok(MeshState { cluster, server, tls, _accepting: Accepting(accepting) })
     }
 
     async fn handle(
@@ -264,7 +287,9 @@ impl MeshState {
             .iter()
             .filter(|(id, _)| **id > self.cluster.node() && !connected.contains(&session_name(**id)));
         for (id, node) in missing {
-            let dial = ractor_cluster::client_connect(&self.server, node.addresses.mesh.as_str());
+            let (connector, name) = self.tls.connector();
+            let address = node.addresses.mesh.as_str();
+            let dial = ractor_cluster::client_connect_enc(&self.server, address, connector, name);
             match tokio::time::timeout(DIAL_TIMEOUT, dial).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => tracing::debug!(peer = id.0, %error, "the mesh cannot reach a node yet"),
@@ -272,6 +297,19 @@ impl MeshState {
             }
         }
     }
+}
+
+/// Hands a connection to the library, which asks for the secret once more.
+fn open_session(sessions: &ActorRef<NodeServerMessage>, incoming: Incoming) {
+    let is_peer = incoming.is_peer();
+    let Incoming::Tls(stream) = incoming else { return };
+    let socket = stream.get_ref().0;
+    let (Ok(peer_addr), Ok(local_addr), true) = (socket.peer_addr(), socket.local_addr(), is_peer) else {
+        return;
+    };
+    let stream = NetworkStream::TlsServer { peer_addr, local_addr, stream: *stream };
+    // A node server that is gone takes its listener along.
+    drop(sessions.cast(NodeServerMessage::ConnectionOpened { stream: Box::new(stream), is_server: true }));
 }
 
 fn session_name(node: NodeId) -> String {

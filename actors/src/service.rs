@@ -5,19 +5,23 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::Stream;
+use shoal_engine::command::{Read, Select};
 use shoal_proto::peer::peer_server::Peer;
 use shoal_proto::peer::{
-    BeatReply, BeatRequest, CallReply, CallRequest, GetBlobRequest, HelloReply, HelloRequest, JoinReply,
-    JoinRequest, Piece, PutBlobReply, RaftMessage, RaftReply,
+    BeatReply, BeatRequest, CallReply, CallRequest, FetchStateRequest, GetBlobRequest, HelloReply,
+    HelloRequest, JoinReply, JoinRequest, Piece, PutBlobReply, RaftMessage, RaftReply,
 };
-use shoal_proto::{BlobHash, NodeId, ShardId, codec};
+use shoal_proto::{BlobHash, GroupId, NodeId, ShardId, codec};
 use shoal_raft::cluster::{Addresses, Command, Response};
 use tokio_stream::StreamExt;
 use tonic::{Request, Status, Streaming};
 
 use crate::blobs::BlobStore;
 use crate::call::{Call, Reply};
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, ReadOptions};
+
+/// How long a shard may take to show that it can do without a node.
+const GIVE_UP_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What a node says of itself before it is part of a cluster, and after.
 #[derive(Clone, Debug, Default)]
@@ -81,6 +85,9 @@ impl Peer for PeerService {
             return Err(Status::unavailable("this node is not a member yet"));
         }
         let request = request.into_inner();
+        if request.gives_up {
+            can_do_without(cluster, &request.name).await?;
+        }
         let addresses =
             Addresses { http: request.http_address, grpc: request.grpc_address, mesh: request.mesh_address };
         let command = Command::AddNode {
@@ -155,6 +162,18 @@ impl Peer for PeerService {
         Ok(tonic::Response::new(PutBlobReply { bytes }))
     }
 
+    type FetchStateStream = PieceStream;
+
+    async fn fetch_state(
+        &self,
+        request: Request<FetchStateRequest>,
+    ) -> Result<tonic::Response<PieceStream>, Status> {
+        let group = GroupId(request.get_ref().group);
+        let pieces = self.cluster()?.groups().state_pieces(group).await;
+        let pieces = pieces.map_err(|error| Status::unavailable(error.to_string()))?;
+        Ok(tonic::Response::new(Box::pin(pieces.map(Ok))))
+    }
+
     type GetBlobStream = PieceStream;
 
     async fn get_blob(
@@ -170,6 +189,21 @@ impl Peer for PeerService {
         });
         Ok(tonic::Response::new(Box::pin(pieces)))
     }
+}
+
+/// Whether every shard of a node can do without it: its own groups are closed, so a linearizable
+/// read proves that a majority of the voters, whoever they are now, lives elsewhere and has
+/// everything that was acknowledged.
+async fn can_do_without(cluster: &Cluster, name: &str) -> Result<(), Status> {
+    let options = ReadOptions::linearizable(Instant::now() + GIVE_UP_TIMEOUT);
+    for shard in cluster.state().shards_of(name) {
+        let question = Read::Get { ids: Vec::new(), payload: Select::Nothing, vectors: Select::Nothing };
+        if let Err(error) = cluster.read(shard, question, &options).await {
+            let reason = format!("shard {shard} cannot do without what is there: {}", error.message);
+            return Err(Status::failed_precondition(reason));
+        }
+    }
+    Ok(())
 }
 
 fn io_status(error: std::io::Error) -> Status {

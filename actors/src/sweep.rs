@@ -11,12 +11,11 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use shoal_engine::command::{Answer, DocumentState, Read};
-use shoal_proto::{BlobHash, Error, Position, ShardId};
+use shoal_proto::{BlobHash, Error, ShardId};
 use shoal_raft::cluster::ClusterState;
 
 use crate::blobs::BlobStore;
-use crate::call::Consistency;
-use crate::cluster::{Cluster, ReadOptions, Staleness};
+use crate::cluster::{Cluster, ReadOptions};
 
 /// How long one shard may take to say which blobs its files name.
 const ASK_TIMEOUT: Duration = Duration::from_secs(10);
@@ -92,11 +91,6 @@ async fn documents_in_progress(cluster: &Cluster, state: &ClusterState) -> Resul
 }
 
 async fn ask(cluster: &Cluster, shard: ShardId, question: Read) -> Result<Answer, Error> {
-    let options = ReadOptions {
-        level: Consistency::Linearizable,
-        position: Position::default(),
-        deadline: Instant::now() + ASK_TIMEOUT,
-        staleness: Staleness::default(),
-    };
+    let options = ReadOptions::linearizable(Instant::now() + ASK_TIMEOUT);
     Ok(cluster.read(shard, question, &options).await?.0)
 }

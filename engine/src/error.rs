@@ -21,6 +21,15 @@ pub enum Error {
         /// What is wrong.
         reason: String,
     },
+    /// A value passes its checksum and is not understood: it was written by another version. Every
+    /// replica would say the same, so nothing is to be rebuilt.
+    #[error("{key} is not understood by this version: {reason}")]
+    Unreadable {
+        /// The key, readable, or the log entry.
+        key: String,
+        /// What is wrong.
+        reason: String,
+    },
     /// The vector graph refused.
     #[error("the vector graph failed: {0}")]
     Graph(String),
@@ -32,13 +41,36 @@ pub enum Error {
     Refused(#[from] shoal_proto::Error),
 }
 
+impl Error {
+    /// Whether what is stored here can not be trusted any more.
+    pub fn is_damage(&self) -> bool {
+        use sled::Error as Sled;
+        match self {
+            Error::Damaged { .. } => true,
+            // Without a number from the system it is sled's own word on what it has read.
+            Error::Store(Sled::Io(error)) => {
+                let kinds = [std::io::ErrorKind::UnexpectedEof, std::io::ErrorKind::InvalidData];
+                error.raw_os_error().is_none() && kinds.contains(&error.kind())
+            }
+            Error::Store(_) => true,
+            Error::Io(_)
+            | Error::Unreadable { .. }
+            | Error::Graph(_)
+            | Error::Text(_)
+            | Error::Refused(_) => false,
+        }
+    }
+}
+
 impl From<Error> for shoal_proto::Error {
     fn from(error: Error) -> Self {
         match error {
             Error::Refused(refused) => refused,
-            Error::Store(_) | Error::Io(_) | Error::Damaged { .. } | Error::Graph(_) | Error::Text(_) => {
-                shoal_proto::Error::new(ErrorCode::Internal, error)
+            // Another replica can answer, and this one will be made anew.
+            error if error.is_damage() => {
+                shoal_proto::Error::unavailable(format!("a replica is damaged: {error}"))
             }
+            error => shoal_proto::Error::new(ErrorCode::Internal, error),
         }
     }
 }

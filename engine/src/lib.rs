@@ -24,6 +24,7 @@
 //! | [`vectors`] | usearch graphs and the exact scan of what they have not taken in |
 //! | [`text`] | tantivy, jieba and the scan of the tail |
 //! | [`payload`] | payload indexes |
+//! | [`files`] | files that are replaced durably |
 //! | [`read`] | the planner and everything that answers |
 //! | [`state`], [`documents`] | transitions |
 
@@ -31,6 +32,7 @@ pub mod command;
 pub mod distance;
 mod documents;
 mod error;
+pub mod files;
 mod keys;
 pub mod payload;
 pub mod read;

@@ -19,15 +19,18 @@ use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 use shoal_proto::CollectionConfig;
+use shoal_proto::planted::crash_point;
 
 use crate::command::{Answer, Read};
 use crate::error::{Error, Result};
+use crate::files::{self, sync_dir};
 use crate::keys;
 use crate::state::{State, read_point, text_of};
-use crate::store::{ExportCursor, Store, sync_dir};
+use crate::store::{ExportCursor, Scrub, Store};
 use crate::text::{COMMIT_DOCUMENTS, TextIndex};
 use crate::vectors::Vectors;
 
@@ -49,19 +52,23 @@ pub struct Shard {
     generation: Mutex<u64>,
     /// Held by whoever does background work, so that there is only one.
     background: Mutex<()>,
+    is_damaged: AtomicBool,
+    scrub: Mutex<Option<Scrub>>,
 }
+
+/// The file that says that a replica is damaged and must be made anew from another one.
+const DAMAGED: &str = "DAMAGED";
 
 impl Shard {
     /// Opens or creates a shard replica in a directory of its own.
     pub fn open(dir: &Path, config: CollectionConfig) -> Result<Shard> {
         std::fs::create_dir_all(dir)?;
-        let generation = match std::fs::read_to_string(dir.join("CURRENT")) {
-            Ok(text) => {
-                text.trim().parse().map_err(|_| Error::Damaged { key: "CURRENT".into(), reason: text })?
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => 0,
-            Err(error) => return Err(error.into()),
-        };
+        if dir.join(DAMAGED).try_exists()? {
+            let reason = std::fs::read(dir.join(DAMAGED)).unwrap_or_default();
+            let reason = String::from_utf8_lossy(&reason).into_owned();
+            return Err(Error::Damaged { key: DAMAGED.into(), reason });
+        }
+        let generation = read_current(dir)?.unwrap_or(0);
         let state = State::open(&generation_dir(dir, generation), config.clone())?;
         // The names of the directories must be as durable as what will be in them.
         sync_dir(&generation_dir(dir, generation))?;
@@ -78,7 +85,71 @@ impl Shard {
             state: RwLock::new(state),
             generation: Mutex::new(generation),
             background: Mutex::new(()),
+            is_damaged: AtomicBool::new(false),
+            scrub: Mutex::new(None),
         })
+    }
+
+    /// Whether something stored here was found to be damaged. Nothing of it was served; the
+    /// replica has to be made anew from another one.
+    pub fn is_damaged(&self) -> bool {
+        self.is_damaged.load(Ordering::Relaxed)
+    }
+
+    /// Notes durably that the replica is damaged: the next [`Shard::open`] refuses it too.
+    pub fn mark_damaged(&self, reason: &str) {
+        if self.is_damaged.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        if let Err(error) = mark_damaged(&self.dir, reason) {
+            tracing::error!(%error, "that a replica is damaged could not be noted");
+        }
+    }
+
+    /// Nothing is answered from a damaged state, and nothing more is put into it.
+    fn check(&self) -> Result<()> {
+        match self.is_damaged() {
+            true => Err(Error::Damaged { key: DAMAGED.into(), reason: "it waits to be made anew".into() }),
+            false => Ok(()),
+        }
+    }
+
+    /// Looks at a result for signs of damage on its way out.
+    fn heed<T>(&self, result: Result<T>) -> Result<T> {
+        if let Err(error) = &result
+            && error.is_damage()
+        {
+            self.mark_damaged(&error.to_string());
+        }
+        result
+    }
+
+    /// The latest indexes at which the sum over the state was taken, with the sums. Replicas take
+    /// them at the same indexes.
+    pub fn state_sums(&self) -> Vec<(u64, u64)> {
+        match self.is_damaged() {
+            true => Vec::new(),
+            false => self.state.read().sums.iter().copied().collect(),
+        }
+    }
+
+    /// Reads on in a reading of everything that is stored, or begins one. Returns true when it is
+    /// through.
+    ///
+    /// # Errors
+    /// Damaged, when something is not what was written.
+    pub fn scrub(&self) -> Result<bool> {
+        let mut scrub = self.scrub.lock();
+        if scrub.is_none() {
+            // No write runs while the cut is made.
+            *scrub = Some(self.heed(self.state.write().store.begin_scrub())?);
+        }
+        let Some(running) = scrub.as_mut() else { return Ok(false) };
+        let step = running.step();
+        if !matches!(step, Ok(false)) {
+            *scrub = None;
+        }
+        self.heed(step)
     }
 
     /// The schema that the shard was opened with.
@@ -91,11 +162,13 @@ impl Shard {
     /// # Errors
     /// Only when the replica itself is broken; a bad command is answered with a rejection.
     pub fn apply(&self, entries: Vec<Entry>) -> Result<Vec<Vec<u8>>> {
+        self.check()?;
         let mut outcomes = Vec::with_capacity(entries.len());
         for entry in entries {
             // The lock is taken per entry, so that searches get their turn in a long batch.
             let mut state = self.state.write();
-            outcomes.push(state.apply(entry.index, entry.tag, entry.command.as_deref())?);
+            outcomes.push(self.heed(state.apply(entry.index, entry.tag, entry.command.as_deref()))?);
+            crash_point("entry-applied");
         }
         Ok(outcomes)
     }
@@ -103,21 +176,25 @@ impl Shard {
     /// Answers a question from what is applied, with the index of the last entry that the answer
     /// reflects (zero when nothing was applied since the start).
     pub fn read(&self, question: &Read) -> Result<(u64, Answer)> {
+        self.check()?;
         let state = self.state.read();
-        Ok((state.applied, state.read(question)?))
+        Ok((state.applied, self.heed(state.read(question))?))
     }
 
     /// Answers a cheap question at once, with the index of the last entry that it reflects.
     /// None when the answer may take longer than a few hundred microseconds, or when an entry is
     /// being applied: then [`Shard::read`] is to be called where blocking is allowed.
     pub fn try_read(&self, question: &Read) -> Option<Result<(u64, Answer)>> {
+        if let Err(error) = self.check() {
+            return Some(Err(error));
+        }
         let state = self.state.try_read()?;
-        state.is_cheap(question).then(|| Ok((state.applied, state.read(question)?)))
+        state.is_cheap(question).then(|| Ok((state.applied, self.heed(state.read(question))?)))
     }
 
     /// The tag of the last applied entry.
     pub fn applied_tag(&self) -> Result<Option<Vec<u8>>> {
-        self.state.read().store.get(keys::TAG)
+        self.heed(self.state.read().store.get(keys::TAG))
     }
 
     /// Makes everything applied so far durable and returns its tag. Derived files are brought
@@ -130,8 +207,10 @@ impl Shard {
             let state = self.state.read();
             (state.store.get(keys::TAG)?, state.store.clone())
         };
+        crash_point("checkpoint-begun");
         // The lock is free again: what is applied meanwhile becomes durable too, no harm.
-        store.checkpoint()?;
+        self.heed(store.checkpoint())?;
+        crash_point("checkpoint-durable");
         Ok(tag)
     }
 
@@ -188,6 +267,7 @@ impl Shard {
 
     /// Fixes a consistent copy with its tag, to be read while the shard goes on.
     pub fn export(&self) -> Result<(Option<Vec<u8>>, ExportCursor)> {
+        self.check()?;
         // No write runs while the cursor is made.
         let state = self.state.write();
         Ok((state.store.get(keys::TAG)?, state.store.export()?))
@@ -197,6 +277,8 @@ impl Shard {
     /// leaves the old state or the new one.
     pub fn install(&self, tag: &[u8], file: &Path) -> Result<()> {
         let _guard = self.background.lock();
+        // A reading of the old state says nothing of the new one.
+        *self.scrub.lock() = None;
         let mut current = self.generation.lock();
         let next = *current + 1;
         let dir = generation_dir(&self.dir, next);
@@ -212,7 +294,9 @@ impl Shard {
         store.checkpoint()?;
         sync_dir(&dir)?;
         let fresh = State::with_store(store, &dir, self.config.clone())?;
+        crash_point("snapshot-loaded");
         set_current(&self.dir, next)?;
+        crash_point("snapshot-current");
         let old = std::mem::replace(&mut *self.state.write(), fresh);
         *current = next;
         drop(old);
@@ -241,19 +325,47 @@ impl Derived {
 fn load_frames(store: &Store, file: &Path) -> Result<()> {
     let broken = |reason: &str| Error::Damaged { key: "snapshot".into(), reason: reason.into() };
     let mut reader = std::io::BufReader::new(File::open(file)?);
+    let mut claimed = None;
     loop {
         let mut head = [0u8; 8];
         reader.read_exact(&mut head).map_err(|_| broken("it ends early"))?;
         let length = u32::from_le_bytes(head[..4].try_into().expect("four bytes")) as usize;
         if length == 0 {
-            return Ok(());
+            // Records that have vanished where it was made must not pass for never written.
+            return match claimed.is_none_or(|claimed| store.sum().is_ok_and(|sum| sum == claimed)) {
+                true => Ok(()),
+                false => Err(broken("records are missing where it was made")),
+            };
         }
         let mut piece = Vec::new();
         reader.by_ref().take(length as u64).read_to_end(&mut piece)?;
         if piece.len() != length || head[4..] != crc32fast::hash(&piece).to_le_bytes() {
             return Err(broken("a piece is short or has the wrong checksum"));
         }
-        store.import(&piece)?;
+        claimed = store.import(&piece)?.or(claimed);
+    }
+}
+
+/// Notes durably that the replica in a directory is damaged.
+///
+/// # Errors
+/// When that cannot be written.
+pub fn mark_damaged(dir: &Path, reason: &str) -> Result<()> {
+    // Not by replacement: on a full disk the name alone may be all that there is room for.
+    let mut file = File::create(dir.join(DAMAGED))?;
+    file.write_all(reason.as_bytes())?;
+    file.sync_all()?;
+    Ok(sync_dir(dir)?)
+}
+
+/// Takes the note back that the replica in a directory is damaged.
+///
+/// # Errors
+/// When that cannot be done.
+pub fn clear_damaged(dir: &Path) -> Result<()> {
+    match std::fs::remove_file(dir.join(DAMAGED)) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
+        _ => Ok(sync_dir(dir)?),
     }
 }
 
@@ -261,13 +373,38 @@ fn generation_dir(dir: &Path, generation: u64) -> PathBuf {
     dir.join(format!("gen-{generation:06}"))
 }
 
+/// The generation that counts; none in a new directory.
+fn read_current(dir: &Path) -> Result<Option<u64>> {
+    let damaged = |reason: String| Error::Damaged { key: "CURRENT".into(), reason };
+    let text = match std::fs::read(dir.join("CURRENT")) {
+        Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            let has_installed = std::fs::read_dir(dir)?.any(|entry| {
+                entry.is_ok_and(|entry| {
+                    let name = entry.file_name().to_string_lossy().into_owned();
+                    name.starts_with("gen-") && name != "gen-000000"
+                })
+            });
+            return if has_installed { Err(damaged("it is missing".to_owned())) } else { Ok(None) };
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let generation = text.split_whitespace().next().and_then(|number| number.parse().ok());
+    let generation = generation.filter(|generation| current_line(*generation) == text);
+    let generation = generation.ok_or_else(|| damaged(text))?;
+    match generation_dir(dir, generation).is_dir() {
+        true => Ok(Some(generation)),
+        false => Err(damaged(format!("generation {generation} is missing"))),
+    }
+}
+
+/// The number and its checksum: a flipped bit must not lead to another, empty generation.
+fn current_line(generation: u64) -> String {
+    format!("{generation} {:08x}\n", crc32fast::hash(&generation.to_le_bytes()))
+}
+
 fn set_current(dir: &Path, generation: u64) -> Result<()> {
-    let fresh = dir.join("CURRENT.fresh");
-    let mut file = File::create(&fresh)?;
-    writeln!(file, "{generation}")?;
-    file.sync_all()?;
-    std::fs::rename(&fresh, dir.join("CURRENT"))?;
-    Ok(sync_dir(dir)?)
+    Ok(files::replace(&dir.join("CURRENT"), current_line(generation).as_bytes())?)
 }
 
 fn drop_other_generations(dir: &Path, keep: u64) -> Result<()> {

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use roaring::RoaringBitmap;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+use shoal_proto::planted::{Bug, is_planted};
 use shoal_proto::{
     CollectionConfig, Distance, DocumentId, Error, FieldType, Filter, PointId, RequestId, codec,
 };
@@ -24,6 +25,11 @@ use crate::store::{Batch, Store};
 use crate::text::TextIndex;
 use crate::vectors::Vectors;
 
+/// The sum over the state is taken at every index that this divides, so that replicas can be
+/// compared.
+const SUM_EVERY: u64 = 256;
+/// How many of the latest sums are kept.
+const KEPT_SUMS: usize = 32;
 /// How many answered requests a shard remembers.
 pub const REMEMBERED_REQUESTS: usize = 10_000;
 
@@ -61,6 +67,8 @@ pub(crate) struct State {
     /// Documents in progress, so that finding them does not scan all.
     pub(crate) in_progress: BTreeSet<DocumentId>,
     pub(crate) applied: u64,
+    /// Indexes that were applied here, with the sum over the state then, oldest first.
+    pub(crate) sums: VecDeque<(u64, u64)>,
 }
 
 impl State {
@@ -99,6 +107,7 @@ impl State {
             order: VecDeque::new(),
             in_progress: BTreeSet::new(),
             applied: 0,
+            sums: VecDeque::new(),
         };
         state.recover()?;
         Ok(state)
@@ -173,7 +182,7 @@ impl State {
             // Another replica may know how to read it: going on without it would diverge.
             Some(Err(error)) => {
                 let key = format!("log entry {index}");
-                return Err(error::Error::Damaged { key, reason: error.to_string() });
+                return Err(error::Error::Unreadable { key, reason: error.to_string() });
             }
             Some(Ok(envelope)) => match self.answered(envelope.request_id)? {
                 Some(outcome) => outcome,
@@ -192,6 +201,12 @@ impl State {
         };
         self.store.commit(batch)?;
         self.applied = index;
+        if index.is_multiple_of(SUM_EVERY) {
+            self.sums.push_back((index, self.store.sum()?));
+            if self.sums.len() > KEPT_SUMS {
+                self.sums.pop_front();
+            }
+        }
         for effect in effects {
             self.follow(effect)?;
         }
@@ -200,6 +215,9 @@ impl State {
 
     /// What a request was answered, if it is remembered.
     fn answered(&self, id: Option<RequestId>) -> Result<Option<Outcome>> {
+        if is_planted(Bug::RetryAppliedTwice) {
+            return Ok(None);
+        }
         let Some(sequence) = id.and_then(|id| self.answered.get(&id)) else { return Ok(None) };
         let key = keys::request(*sequence);
         let stored = self.store.get(&key)?.unwrap_or_default();
@@ -526,7 +544,7 @@ pub(crate) fn read_vector(store: &Store, slot: u32, name: &str) -> Result<Option
 }
 
 pub(crate) fn decode<T: serde::de::DeserializeOwned>(key: &[u8], value: &[u8]) -> Result<T> {
-    codec::decode(value).map_err(|error| error::Error::Damaged {
+    codec::decode(value).map_err(|error| error::Error::Unreadable {
         key: key.escape_ascii().to_string(),
         reason: error.to_string(),
     })

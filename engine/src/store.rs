@@ -9,18 +9,25 @@
 //! - What is committed waits in memory until it is worth a batch of its own: sled writes its
 //!   buffer out before and after each batch, which costs more than a small batch itself. Nothing
 //!   is durable before the next checkpoint in either place.
+//! - A sum over all records is kept with them ([`Store::sum`]). Replicas that have applied the
+//!   same entries have the same sum; and a record that has vanished, which sled would not notice,
+//!   is missing in a sum that is made anew ([`Store::begin_scrub`]).
 //! - An [`ExportCursor`] is a consistent copy that is read while writes go on: before a write
 //!   changes a key that the cursor has not reached yet, the old value is set aside for it.
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use parking_lot::{Mutex, RwLock};
+use shoal_proto::planted::{Bug, crash_point, is_planted};
 
 use crate::error::{Error, Result};
+use crate::files::{sync_dir, wait_until_unlocked};
+use crate::keys;
 
 /// Larger values are stored in parts of this many bytes. A sled page holds up to 16 values and
 /// must stay well under a quarter of a segment.
@@ -32,14 +39,22 @@ const CACHE_BYTES: u64 = 64 << 20;
 /// How often sled's own thread syncs its file and collects garbage, in milliseconds. Nothing
 /// relies on it for durability, and its fsync competes with the Raft log's.
 const FLUSH_EVERY_MS: u64 = 10_000;
+/// How long an instance on the same files that was just dropped may take to let them go: sled's
+/// threads end after it.
+const CLOSING_LIMIT: Duration = Duration::from_secs(10);
 /// Bytes that wait in memory before they go to sled as one batch. sled lets no read through while
 /// it applies a batch, so this bounds a pause of about a millisecond.
 const BUFFER_BYTES: usize = 256 << 10;
 /// Keys read at a time by an export.
 const EXPORT_STEP: usize = 256;
+/// Old values that writes set aside for a reading of everything, in bytes. More, and the reading
+/// goes on over what is there now.
+const SCRUB_ASIDE_BYTES: usize = 64 << 20;
 /// Bytes after which an export's piece is handed out.
 const EXPORT_PIECE_BYTES: usize = 1 << 20;
 
+/// The key that the sum over all records is stored under; not part of it.
+const SUM: &[u8] = b"Msum";
 const PLAIN: u8 = 1;
 const PARTED: u8 = 2;
 /// Keys of parts start with this byte; no other key does.
@@ -93,6 +108,8 @@ impl Drop for Outcome<'_> {
 pub struct Store {
     db: sled::Db,
     buffer: RwLock<Buffer>,
+    /// The sum over all records in sled; changes only under the buffer's lock.
+    sum: AtomicU64,
     /// Set when what was committed may not have reached sled: nothing is answered any more.
     is_broken: AtomicBool,
     dir: PathBuf,
@@ -104,6 +121,8 @@ impl Store {
     pub fn open(dir: &Path) -> Result<Store> {
         std::fs::create_dir_all(dir)?;
         set_half_made_snapshots_aside(dir)?;
+        let is_new = !dir.join("db").exists();
+        wait_until_unlocked(&dir.join("db"), CLOSING_LIMIT)?;
         let db = sled::Config::new()
             .path(dir)
             .cache_capacity(CACHE_BYTES)
@@ -111,13 +130,27 @@ impl Store {
             .mode(sled::Mode::HighThroughput)
             .flush_every_ms(Some(FLUSH_EVERY_MS))
             .open()?;
-        Ok(Store {
+        let sum = match db.get(SUM)? {
+            Some(stored) => {
+                let body = unseal(SUM, &stored)?.1;
+                u64::from_le_bytes(body.try_into().map_err(|_| damaged(SUM, "not eight bytes"))?)
+            }
+            None if db.is_empty() => 0,
+            None => return Err(damaged(SUM, "it is missing")),
+        };
+        let store = Store {
             db,
             buffer: RwLock::default(),
+            sum: AtomicU64::new(sum),
             is_broken: AtomicBool::new(false),
             dir: dir.to_owned(),
             exports: Arc::default(),
-        })
+        };
+        if is_new {
+            // sled cannot open what a power cut has left of files that were never synced.
+            store.checkpoint()?;
+        }
+        Ok(store)
     }
 
     /// The value of a key.
@@ -181,7 +214,11 @@ impl Store {
 
     fn check(&self) -> Result<()> {
         match self.is_broken.load(Ordering::Acquire) {
-            true => Err(damaged(b"store", "an earlier write has failed; it must be opened again")),
+            // Not damage: a disk that was full, perhaps. Opening it again replays the log.
+            true => {
+                Err(std::io::Error::other("an earlier write has failed; the store must be opened again")
+                    .into())
+            }
             false => Ok(()),
         }
     }
@@ -198,19 +235,25 @@ impl Store {
 
     fn write_batch(&self, batch: &Batch) -> Result<()> {
         self.preserve(batch)?;
-        let mut writes = sled::Batch::default();
+        let mut writes = self.summed();
         for (key, value) in &batch.puts {
-            // What the key held before may have had parts.
+            let of_point = [keys::ID, keys::POINT, keys::VECTOR].iter().any(|kind| key.first() == Some(kind));
+            if is_planted(Bug::ForgottenDelete) && value.is_none() && of_point {
+                continue;
+            }
             if let Some(old) = self.db.get(key)? {
+                // What the key held before may have had parts.
                 for part in part_keys(key, &old) {
-                    writes.remove(part);
+                    if let Some(old) = self.db.get(&part)? {
+                        writes.remove(part, &old);
+                    }
                 }
+                writes.remove(key.clone(), &old);
             }
             match value {
-                None => writes.remove(key.as_slice()),
+                None => {}
                 Some(value) if value.len() <= PART_BYTES => {
-                    let sealed = seal(PLAIN, key, value);
-                    writes.insert(key.as_slice(), sealed);
+                    writes.insert(key.clone(), seal(PLAIN, key, value));
                 }
                 Some(value) => {
                     for (index, part) in value.chunks(PART_BYTES).enumerate() {
@@ -219,12 +262,39 @@ impl Store {
                         writes.insert(part_key, sealed);
                     }
                     let count = value.len().div_ceil(PART_BYTES) as u32;
-                    let sealed = seal(PARTED, key, &count.to_le_bytes());
-                    writes.insert(key.as_slice(), sealed);
+                    writes.insert(key.clone(), seal(PARTED, key, &count.to_le_bytes()));
                 }
             }
         }
-        Ok(self.db.apply_batch(writes)?)
+        self.apply(writes)
+    }
+
+    /// An empty batch. Until it is applied, no other one may be begun.
+    fn summed(&self) -> Summed {
+        Summed { batch: sled::Batch::default(), sum: self.sum.load(Ordering::Relaxed) }
+    }
+
+    fn apply(&self, writes: Summed) -> Result<()> {
+        let Summed { mut batch, sum } = writes;
+        batch.insert(SUM, seal(PLAIN, SUM, &sum.to_le_bytes()));
+        self.db.apply_batch(batch)?;
+        self.sum.store(sum, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// The sum over everything that was committed. Two stores with the same records have the
+    /// same one, however they came to them.
+    pub fn sum(&self) -> Result<u64> {
+        self.flush()?;
+        Ok(self.sum.load(Ordering::Relaxed))
+    }
+
+    /// Begins to read everything again. No write may run during this call; later ones may.
+    pub fn begin_scrub(&self) -> Result<Scrub> {
+        let expected = self.sum()?;
+        let cursor = self.export()?;
+        cursor.state.lock().aside_limit = SCRUB_ASIDE_BYTES;
+        Ok(Scrub { cursor, expected, found: 0 })
     }
 
     fn open_value(&self, key: &[u8], stored: &[u8]) -> Result<Vec<u8>> {
@@ -247,6 +317,7 @@ impl Store {
     pub fn checkpoint(&self) -> Result<()> {
         self.flush()?;
         self.db.flush()?;
+        crash_point("store-flushed");
         let blobs = self.dir.join("blobs");
         if blobs.is_dir() {
             for entry in std::fs::read_dir(&blobs)? {
@@ -272,7 +343,10 @@ impl Store {
 
     /// Fixes a consistent copy of everything. No write may run during this call.
     pub fn export(&self) -> Result<ExportCursor> {
-        self.flush()?;
+        // The tag is read with what waits in memory.
+        if !is_planted(Bug::SnapshotAheadOfItself) {
+            self.flush()?;
+        }
         let state = Arc::new(Mutex::new(ExportState::default()));
         let mut exports = self.exports.lock();
         exports.retain(|export| export.strong_count() > 0);
@@ -285,7 +359,9 @@ impl Store {
         let exports: Vec<_> = self.exports.lock().iter().filter_map(Weak::upgrade).collect();
         for export in exports {
             let mut export = export.lock();
-            for key in batch.puts.keys() {
+            // The sum changes with every batch.
+            let sum = SUM.to_vec();
+            for key in batch.puts.keys().chain([&sum]) {
                 let old = self.db.get(key)?;
                 let mut keys = vec![key.clone()];
                 if let Some(old) = &old {
@@ -297,38 +373,147 @@ impl Store {
                     );
                 }
                 for key in keys {
-                    if export.done || key < export.next || export.aside.contains_key(&key) {
+                    if export.is_over() || key < export.next || export.aside.contains_key(&key) {
                         continue;
                     }
                     let old = self.db.get(&key)?.map(|value| value.to_vec());
-                    export.aside.insert(key, old);
+                    export.set_aside(key, old);
                 }
             }
         }
         Ok(())
     }
 
-    /// Loads pieces of an export into an empty store.
-    pub fn import(&self, piece: &[u8]) -> Result<()> {
+    /// Loads pieces of an export into an empty store. Returns the sum over all records that there
+    /// were where the export was made, from the piece that holds it.
+    pub fn import(&self, piece: &[u8]) -> Result<Option<u64>> {
+        let mut claimed = None;
         let pairs: Vec<(Vec<u8>, Vec<u8>)> =
             shoal_proto::codec::decode(piece).map_err(|error| damaged(b"export", &error.to_string()))?;
-        let mut writes = sled::Batch::default();
+        let mut writes = self.summed();
         for (key, stored) in pairs {
-            unseal(&key, &stored)?;
-            writes.insert(key, stored);
+            let (_, body) = unseal(&key, &stored)?;
+            match key == SUM {
+                true => claimed = body.try_into().ok().map(u64::from_le_bytes),
+                false => writes.insert(key, stored),
+            }
         }
-        Ok(self.db.apply_batch(writes)?)
+        self.apply(writes)?;
+        Ok(claimed)
     }
 }
 
-#[derive(Default)]
+/// A batch for sled, and the sum over all records that there will be after it.
+struct Summed {
+    batch: sled::Batch,
+    sum: u64,
+}
+
+impl Summed {
+    fn remove(&mut self, key: Vec<u8>, old: &[u8]) {
+        self.sum = self.sum.wrapping_sub(weight(&key, old));
+        self.batch.remove(key);
+    }
+
+    fn insert(&mut self, key: Vec<u8>, stored: Vec<u8>) {
+        self.sum = self.sum.wrapping_add(weight(&key, &stored));
+        self.batch.insert(key, stored);
+    }
+}
+
+/// What a record adds to the sum. Its checksum covers key and value; it is spread over 64 bits
+/// by the finalizer of SplitMix64 (Steele, Lea, Flood 2014), so that sums do not cancel out. Tags
+/// are left out: they hold what Raft knows, of which two replicas may have different forms.
+fn weight(key: &[u8], stored: &[u8]) -> u64 {
+    if key == keys::TAG {
+        return 0;
+    }
+    let sum = stored.get(1..5).map_or(0, |sum| u32::from_le_bytes([sum[0], sum[1], sum[2], sum[3]]));
+    let mut x = u64::from(sum) << 32 | stored.len() as u64;
+    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
+}
+
+/// A reading of everything, step by step, while the store goes on.
+pub struct Scrub {
+    cursor: ExportCursor,
+    expected: u64,
+    found: u64,
+}
+
+impl Scrub {
+    /// Reads on for about a piece. Returns whether everything was read.
+    ///
+    /// # Errors
+    /// Damaged, when a record fails its checksum or records are missing.
+    pub fn step(&mut self) -> Result<bool> {
+        let Some(pairs) = self.cursor.next_pairs()? else {
+            // Without one consistent state there is no sum to compare with: the checksums are all.
+            return match self.found == self.expected || self.cursor.state.lock().is_mixed {
+                true => Ok(true),
+                false => Err(damaged(SUM, "records are missing, or are not what was written")),
+            };
+        };
+        for (key, stored) in &pairs {
+            unseal(key, stored)?;
+            if key != SUM {
+                self.found = self.found.wrapping_add(weight(key, stored));
+            }
+        }
+        Ok(false)
+    }
+}
+
 struct ExportState {
     /// The first key that the cursor has not passed.
     next: Vec<u8>,
     done: bool,
     /// Old values (or absence) of keys that changed ahead of the cursor.
     aside: BTreeMap<Vec<u8>, Option<Vec<u8>>>,
+    aside_bytes: usize,
+    /// The most bytes set aside.
+    aside_limit: usize,
+    /// Whether that was too little: what is read since is no longer one state.
+    is_mixed: bool,
 }
+
+impl Default for ExportState {
+    /// At the beginning, and consistent at any price.
+    fn default() -> Self {
+        ExportState {
+            next: Vec::new(),
+            done: false,
+            aside: BTreeMap::new(),
+            aside_bytes: 0,
+            aside_limit: usize::MAX,
+            is_mixed: false,
+        }
+    }
+}
+
+impl ExportState {
+    /// Whether nothing has to be set aside any more.
+    fn is_over(&self) -> bool {
+        self.done || self.is_mixed
+    }
+
+    fn set_aside(&mut self, key: Vec<u8>, old: Option<Vec<u8>>) {
+        self.aside_bytes += size_of_pair(&key, old.as_ref());
+        self.aside.insert(key, old);
+        if self.aside_bytes > self.aside_limit {
+            self.is_mixed = true;
+            self.aside = BTreeMap::new();
+        }
+    }
+}
+
+fn size_of_pair(key: &[u8], value: Option<&Vec<u8>>) -> usize {
+    key.len() + value.map_or(0, Vec::len)
+}
+
+/// A key and what is stored under it.
+type Pair = (Vec<u8>, Vec<u8>);
 
 /// A consistent copy of a store, read piece by piece while the store goes on.
 pub struct ExportCursor {
@@ -340,7 +525,11 @@ pub struct ExportCursor {
 impl ExportCursor {
     /// The next piece for [`Store::import`], or none at the end.
     pub fn next_piece(&self) -> Result<Option<Vec<u8>>> {
-        let mut pairs: Vec<(Vec<u8>, Vec<u8>)> = Vec::new();
+        Ok(self.next_pairs()?.map(|pairs| shoal_proto::codec::encode(&pairs)))
+    }
+
+    fn next_pairs(&self) -> Result<Option<Vec<Pair>>> {
+        let mut pairs: Vec<Pair> = Vec::new();
         let mut bytes = 0;
         while bytes < EXPORT_PIECE_BYTES {
             // The lock is held for one short step, so that a write waits microseconds.
@@ -363,6 +552,8 @@ impl ExportCursor {
                 None => BTreeMap::new(),
             };
             let aside = std::mem::replace(&mut state.aside, rest);
+            let passed: usize = aside.iter().map(|(key, old)| size_of_pair(key, old.as_ref())).sum();
+            state.aside_bytes = state.aside_bytes.saturating_sub(passed);
             let mut step: BTreeMap<Vec<u8>, Vec<u8>> =
                 present.into_iter().map(|(key, value)| (key.to_vec(), value.to_vec())).collect();
             for (key, old) in aside {
@@ -377,7 +568,7 @@ impl ExportCursor {
             bytes += step.iter().map(|(key, value)| key.len() + value.len()).sum::<usize>();
             pairs.extend(step);
         }
-        Ok((!pairs.is_empty()).then(|| shoal_proto::codec::encode(&pairs)))
+        Ok((!pairs.is_empty()).then_some(pairs))
     }
 }
 
@@ -386,11 +577,6 @@ impl Drop for ExportCursor {
         let ours = Arc::downgrade(&self.state);
         self.exports.lock().retain(|export| !export.ptr_eq(&ours));
     }
-}
-
-/// fsyncs a directory, so that the names in it are durable.
-pub fn sync_dir(dir: &Path) -> std::io::Result<()> {
-    File::open(dir)?.sync_all()
 }
 
 /// A crash while sled writes its start-up snapshot leaves a `.generating` file that would make
@@ -488,7 +674,7 @@ mod tests {
         put(&store, &[("k2", None)]);
         assert_eq!(store.get(b"k1").expect("readable"), Some(vec![9]));
         store.flush().expect("flushes");
-        assert_eq!(store.db.len(), 1, "old parts are gone");
+        assert_eq!(store.db.len(), 2, "old parts are gone; the sum stays");
     }
 
     #[test]
@@ -544,5 +730,23 @@ mod tests {
         }
         assert!(all(&copy) == before, "the copy is the state at the beginning");
         assert!(all(&store) != before, "the store itself went on");
+    }
+
+    #[test]
+    fn a_scrub_sets_no_more_aside_than_it_may() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let store = Store::open(dir.path()).expect("opens");
+        for number in 0..2000u32 {
+            put(&store, &[(&format!("k{number:05}"), Some(vec![1; 1000]))]);
+        }
+        let mut scrub = store.begin_scrub().expect("begun");
+        scrub.cursor.state.lock().aside_limit = 100_000;
+        for number in 0..2000u32 {
+            put(&store, &[(&format!("k{number:05}"), Some(vec![2; 1000]))]);
+        }
+        store.flush().expect("flushes");
+        let state = scrub.cursor.state.clone();
+        assert!(state.lock().is_mixed && state.lock().aside.is_empty());
+        while !scrub.step().expect("nothing is damaged") {}
     }
 }

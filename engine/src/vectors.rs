@@ -27,13 +27,14 @@ use compact::{Compaction, number_and_round, remove_graph};
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use parking_lot::{Mutex, RwLock};
 use roaring::RoaringBitmap;
+use shoal_proto::planted::crash_point;
 use shoal_proto::{Distance, GraphType, VectorParams};
 use usearch::{Index, IndexOptions, MetricKind, ScalarKind};
 
 use crate::distance::{is_nearer, score};
 use crate::error::{Error, Result};
+use crate::files::sync_dir;
 use crate::rows::Rows;
-use crate::store::sync_dir;
 
 /// Below this many vectors a shard has no graph.
 pub const GRAPH_MIN_VECTORS: usize = 2_000;
@@ -418,6 +419,7 @@ impl Graph {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
             _ => {}
         }
+        crash_point("graph-written");
         std::fs::rename(&fresh, &self.file)?;
         std::fs::write(note_path(&self.file), note)?;
         File::open(note_path(&self.file))?.sync_all()?;

@@ -12,6 +12,10 @@ use shoal_actors::embed::HttpModelConfig;
 use shoal_actors::parse::ParseLimits;
 use shoal_raft::{LogConfig, RaftConfig};
 
+/// A shorter secret is refused where strangers can reach the node: who can connect can try guesses
+/// against its certificate.
+const MIN_SECRET_CHARS: usize = 16;
+
 /// Flags of `shoal serve`; each can also come from the environment.
 #[derive(Args, Clone, Debug, Default)]
 pub struct ServeArgs {
@@ -388,22 +392,23 @@ impl Config {
 
     /// Safe by default: an address that others can reach needs a key and TLS.
     fn check_exposure(&self) -> Result<()> {
-        let exposed =
-            [self.http, self.grpc, self.mesh].into_iter().find(|address| !address.ip().is_loopback());
+        let is_open = |address: &SocketAddr| !address.ip().is_loopback();
+        let exposed = [self.http, self.grpc, self.mesh].into_iter().find(is_open);
         let Some(address) = exposed.filter(|_| !self.insecure) else { return Ok(()) };
         if self.api_key.is_empty() {
             bail!(
                 "refusing to listen on {address} without an API key: set --api-key (and TLS), or say --insecure"
             );
         }
-        if !self.has_tls() {
+        if is_open(&self.http) && !self.has_tls() {
             bail!(
                 "refusing to listen on {address} without TLS: set --tls-cert and --tls-key, or say --insecure"
             );
         }
-        if let Some(peers) = [self.grpc, self.mesh].into_iter().find(|address| !address.ip().is_loopback()) {
+        let secret = if self.cluster_secret.is_empty() { &self.api_key } else { &self.cluster_secret };
+        if secret.len() < MIN_SECRET_CHARS {
             bail!(
-                "refusing to listen on {peers}: traffic between nodes is not encrypted; keep --grpc and --mesh on a private network and say --insecure"
+                "refusing to listen on {address}: what nodes prove to each other (cluster_secret, or else api_key) has fewer than {MIN_SECRET_CHARS} characters and could be guessed; set a longer one (openssl rand -hex 16), or say --insecure"
             );
         }
         Ok(())
@@ -469,6 +474,13 @@ mod tests {
         assert!(Config::load(&args(None, false)).is_err());
         assert!(Config::load(&args(Some("key"), false)).is_err());
         assert!(Config::load(&args(None, true)).is_ok());
+        let peers = |api_key: &str| ServeArgs {
+            mesh: Some(open),
+            api_key: Some(api_key.to_owned()),
+            ..ServeArgs::default()
+        };
+        assert!(Config::load(&peers("guessable")).is_err());
+        assert!(Config::load(&peers("0123456789abcdef")).is_ok(), "peers bring their own TLS");
         assert!(Config::load(&ServeArgs::default()).is_ok());
     }
 }

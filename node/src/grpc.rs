@@ -1,27 +1,33 @@
-//! The gRPC edge: the peers' service behind the cluster secret, and the parser service for
-//! clients behind the API key. Both are checked on the call's metadata, before any body is
-//! decoded.
+//! The gRPC edge: the peers' service for who has proven the cluster secret in the handshake, and
+//! the parser service for clients behind the API key. Both are checked before any body is decoded.
+
+mod connection;
 
 use std::net::SocketAddr;
 
 use anyhow::{Context, Result};
+use futures::StreamExt;
 use shoal_actors::service::PeerService;
+use shoal_actors::tls::PeerTls;
 use shoal_proto::ErrorCode;
 use shoal_proto::parser::document_parser_server::{DocumentParser, DocumentParserServer};
 use shoal_proto::parser::{HealthCheckReply, HealthCheckRequest, ParseReply, ParseRequest};
 use shoal_proto::peer::peer_server::PeerServer;
-use shoal_raft::network::{MAX_PEER_MESSAGE_BYTES, SECRET_HEADER};
+use shoal_raft::network::MAX_PEER_MESSAGE_BYTES;
 use tokio::net::TcpListener;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status};
 
 use crate::app::App;
 use crate::http::same_key;
+use connection::{Connection, Origin};
 
 /// The largest file that the parser service takes, in bytes.
 const MAX_PARSE_BYTES: usize = 100 << 20;
+/// Connections that were accepted and not yet taken up.
+const MAX_WAITING: usize = 64;
 /// Streams that one peer may have open on a connection.
 const MAX_STREAMS: u32 = 1024;
 /// Streams that a peer may have reset before they were looked at: Raft gives up on a late message
@@ -32,16 +38,14 @@ const MAX_RESETS: usize = 512;
 ///
 /// # Errors
 /// When the address cannot be bound.
-pub async fn serve(app: App, peers: PeerService) -> Result<()> {
+pub async fn serve(app: App, peers: PeerService, tls: PeerTls) -> Result<()> {
     let config = app.config().clone();
     let address: SocketAddr = config.grpc;
     let listener = TcpListener::bind(address).await.with_context(|| format!("gRPC address {address}"))?;
-    let secret = config.secret();
-    let check_secret =
-        move |request: Request<()>| match request.metadata().get(SECRET_HEADER).map(|v| v.to_str()) {
-            Some(Ok(given)) if same_key(given, &secret) => Ok(request),
-            _ => Err(Status::unauthenticated("the cluster secret is missing or wrong")),
-        };
+    let check_peer = |request: Request<()>| match request.extensions().get::<Origin>() {
+        Some(origin) if origin.is_peer => Ok(request),
+        _ => Err(Status::unauthenticated("this service is for nodes with the cluster's certificate")),
+    };
     let key = config.api_key.clone();
     let check_key = move |request: Request<()>| {
         let header = |name: &str| request.metadata().get(name).and_then(|value| value.to_str().ok());
@@ -57,15 +61,20 @@ pub async fn serve(app: App, peers: PeerService) -> Result<()> {
         .max_decoding_message_size(MAX_PEER_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_PEER_MESSAGE_BYTES);
     let parser = DocumentParserServer::new(Parser(app)).max_decoding_message_size(MAX_PARSE_BYTES);
-    // The server's own setting does not reach a listener that was bound before it, and without
-    // this every answer may wait 40 ms for a delayed acknowledgement.
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    // Where only this machine or those who said so can listen in, clients need no TLS.
+    let allow_plain = config.insecure || address.ip().is_loopback();
+    let (sender, incoming) = tokio::sync::mpsc::channel(MAX_WAITING);
+    tokio::spawn(async move {
+        // A full queue means that the server has fallen behind: the client tries again.
+        tls.accept(listener, allow_plain, move |taken| drop(sender.try_send(Connection::new(taken)))).await;
+    });
+    let incoming = ReceiverStream::new(incoming).map(Ok::<_, std::io::Error>);
     let server = Server::builder()
         .max_concurrent_streams(MAX_STREAMS)
         .http2_max_pending_accept_reset_streams(Some(MAX_RESETS))
         .initial_stream_window_size(4 << 20)
         .initial_connection_window_size(16 << 20)
-        .add_service(InterceptedService::new(peer, check_secret))
+        .add_service(InterceptedService::new(peer, check_peer))
         .add_service(InterceptedService::new(parser, check_key))
         .serve_with_incoming(incoming);
     tokio::spawn(async move {

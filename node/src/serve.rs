@@ -6,6 +6,7 @@
 //! ```
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,6 +18,7 @@ use hyper_util::rt::TokioTimer;
 use shoal_actors::bootstrap::Discovery;
 use shoal_actors::embed::{Embedders, HttpModel, LocalModel, Model};
 use shoal_actors::service::PeerService;
+use shoal_actors::tls::PeerTls;
 use shoal_actors::work::WorkConfig;
 use shoal_actors::{NodeConfig, start};
 use shoal_raft::Peers;
@@ -40,15 +42,16 @@ pub async fn run(config: Config) -> Result<()> {
     let app = App::new(config.clone(), recorder, log_level);
     let embedders = embedders(&config).await?;
 
+    let tls = peer_tls(&config)?;
     let peer_service = PeerService::new(&config.name);
-    grpc::serve(app.clone(), peer_service.clone()).await?;
+    grpc::serve(app.clone(), peer_service.clone(), tls.clone()).await?;
     let handle = Handle::new();
     let mut server = tokio::spawn(serve_http(app.clone(), handle.clone()));
     tokio::spawn(metrics::observe(app.clone()));
     tracing::info!(name = config.name, http = %config.http, grpc = %config.grpc, mesh = %config.mesh, "listening");
 
-    let peers = Peers::new(&config.secret(), None);
-    let starting = start(node_config(&config, embedders), peers, peer_service);
+    let peers = Peers::new(tls.channels());
+    let starting = start(node_config(&config, embedders, tls), peers, peer_service);
     tokio::select! {
         started = starting => app.set_running(started?),
         stopped = &mut server => return stopped.context("HTTP")?,
@@ -100,7 +103,18 @@ async fn stop_signal() {
     }
 }
 
-fn node_config(config: &Config, embedders: Embedders) -> NodeConfig {
+/// What peers prove to each other; clients of the gRPC port see the certificate of HTTPS.
+fn peer_tls(config: &Config) -> Result<PeerTls> {
+    let read = |path: &Path| std::fs::read(path).with_context(|| format!("TLS file {}", path.display()));
+    let public = match config.has_tls() {
+        true => Some((read(&config.tls_cert)?, read(&config.tls_key)?)),
+        false => None,
+    };
+    let public = public.as_ref().map(|(chain, key)| (chain.as_slice(), key.as_slice()));
+    Ok(PeerTls::new(&config.secret(), public)?)
+}
+
+fn node_config(config: &Config, embedders: Embedders, tls: PeerTls) -> NodeConfig {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     NodeConfig {
         data: config.data.clone(),
@@ -118,6 +132,7 @@ fn node_config(config: &Config, embedders: Embedders) -> NodeConfig {
         raft: config.raft.raft(),
         log: config.raft.log(),
         secret: config.secret(),
+        tls,
         mesh: config.mesh,
         disk_reserve_bytes: config.disk_reserve_bytes,
         blob_grace: Duration::from_secs(config.blob_grace_seconds),

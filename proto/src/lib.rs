@@ -18,6 +18,7 @@ pub mod collection;
 pub mod error;
 pub mod filter;
 pub mod ids;
+pub mod planted;
 pub mod position;
 
 /// Messages between the nodes of a cluster, generated from `proto/peer.proto`.

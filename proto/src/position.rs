@@ -37,6 +37,11 @@ impl Position {
         self.0.get(&group).copied().unwrap_or(0)
     }
 
+    /// Every group that was seen, with its index.
+    pub fn iter(&self) -> impl Iterator<Item = (GroupId, u64)> {
+        self.0.iter().map(|(group, index)| (*group, *index))
+    }
+
     /// Whether no shard was seen.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()

@@ -94,6 +94,12 @@ impl Beats {
         self.0.lock().get(&node).is_some_and(|heard| heard.boot == boot && heard.missed == 0)
     }
 
+    /// Whether a node's process is still the same one, and was not silent for so long that the groups
+    /// it leads wake. A single beat that was late on a busy machine must not cost a leader its office.
+    fn is_not_gone(&self, node: NodeId, boot: u64) -> bool {
+        self.0.lock().get(&node).is_some_and(|heard| heard.boot == boot && heard.missed < MISSED_BEATS)
+    }
+
     /// When a node was last heard.
     pub(crate) fn heard_at(&self, node: NodeId) -> Option<Instant> {
         self.0.lock().get(&node)?.at
@@ -228,7 +234,7 @@ impl Group {
         let nap = self.idle().0.lock().asleep;
         let Some(nap) = nap else { return false };
         if nap.leader != self.node() {
-            return self.peers().beats().is_up(nap.leader, nap.boot);
+            return self.peers().beats().is_not_gone(nap.leader, nap.boot);
         }
         self.wake();
         let raft = self.raft().clone();

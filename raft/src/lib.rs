@@ -31,6 +31,7 @@ pub mod groups;
 pub mod idle;
 pub mod log;
 pub mod machine;
+mod membership;
 pub mod network;
 mod staleness;
 mod types;

@@ -65,13 +65,13 @@ pub trait StateMachine: Send + Sync + 'static {
 
 /// Log id and membership in a tag.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-struct Tag {
-    log_id: Option<LogIdOf<TypeConfig>>,
-    membership: StoredMembershipOf<TypeConfig>,
+pub(crate) struct Tag {
+    pub(crate) log_id: Option<LogIdOf<TypeConfig>>,
+    pub(crate) membership: StoredMembershipOf<TypeConfig>,
 }
 
 impl Tag {
-    fn read(bytes: Option<Vec<u8>>) -> io::Result<Tag> {
+    pub(crate) fn read(bytes: Option<Vec<u8>>) -> io::Result<Tag> {
         match bytes {
             None => Ok(Tag::default()),
             Some(bytes) => {
@@ -83,6 +83,14 @@ impl Tag {
     fn meta(self) -> SnapshotMetaOf<TypeConfig> {
         SnapshotMetaOf::<TypeConfig> { last_log_id: self.log_id, last_membership: self.membership }
     }
+}
+
+/// The index of the last applied entry in a tag.
+///
+/// # Errors
+/// Invalid data, when it is not a tag.
+pub fn index_of(tag: &[u8]) -> io::Result<u64> {
+    Ok(Tag::read(Some(tag.to_vec()))?.log_id.map_or(0, |id| id.index))
 }
 
 /// A snapshot's data: on the leader an export, on a follower the file that was received.
@@ -143,9 +151,13 @@ pub(crate) struct Machine {
 }
 
 impl Machine {
-    pub(crate) fn new(inner: Arc<dyn StateMachine>, incoming: &Path) -> io::Result<Machine> {
-        let membership = Tag::read(inner.applied_tag()?)?.membership;
-        Ok(Machine { inner, incoming: incoming.to_owned(), membership })
+    /// The machine of a state whose last membership is `membership`.
+    pub(crate) fn new(
+        inner: Arc<dyn StateMachine>,
+        incoming: &Path,
+        membership: StoredMembershipOf<TypeConfig>,
+    ) -> Machine {
+        Machine { inner, incoming: incoming.to_owned(), membership }
     }
 
     async fn blocking<T: Send + 'static>(

@@ -20,9 +20,6 @@ use serde::de::DeserializeOwned;
 use shoal_proto::peer::peer_client::PeerClient;
 use shoal_proto::peer::{Piece, RaftKind, RaftMessage};
 use shoal_proto::{GroupId, NodeId, codec};
-use tonic::metadata::{Ascii, MetadataValue};
-use tonic::service::Interceptor;
-use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, ClientTlsConfig, Endpoint};
 
 use crate::idle::{Beats, Sleep};
@@ -31,26 +28,13 @@ use crate::types::{SnapshotOf, TypeConfig, VoteOf};
 
 /// The largest gRPC message between peers, in bytes.
 pub const MAX_PEER_MESSAGE_BYTES: usize = 72 << 20;
-/// The metadata key that carries the cluster secret.
-pub const SECRET_HEADER: &str = "x-shoal-secret";
 /// How long a message that carries entries may take; a heartbeat has openraft's own limit.
 const APPEND_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long one piece of a snapshot may take to be taken in.
 const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// A gRPC client to a peer.
-pub type Client = PeerClient<InterceptedService<Channel, Secret>>;
-
-/// Puts the cluster secret on every call.
-#[derive(Clone)]
-pub struct Secret(MetadataValue<Ascii>);
-
-impl Interceptor for Secret {
-    fn call(&mut self, mut request: tonic::Request<()>) -> Result<tonic::Request<()>, tonic::Status> {
-        request.metadata_mut().insert(SECRET_HEADER, self.0.clone());
-        Ok(request)
-    }
-}
+pub type Client = PeerClient<Channel>;
 
 /// Which channel a call goes through.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -68,8 +52,7 @@ pub struct Peers {
 }
 
 struct Inner {
-    secret: Secret,
-    tls: Option<ClientTlsConfig>,
+    tls: ClientTlsConfig,
     /// Another number after every start of the process.
     boot: u64,
     beats: Beats,
@@ -78,14 +61,9 @@ struct Inner {
 }
 
 impl Peers {
-    /// No peers yet. With `tls`, every channel is encrypted and the peer's certificate checked.
-    ///
-    /// # Panics
-    /// When the secret is not visible ASCII; the configuration has checked that.
-    pub fn new(secret: &str, tls: Option<ClientTlsConfig>) -> Peers {
-        let secret = Secret(secret.parse().expect("the secret was checked to be visible ASCII"));
+    /// No peers yet. Every channel is encrypted, and both sides check certificates as `tls` says.
+    pub fn new(tls: ClientTlsConfig) -> Peers {
         let inner = Inner {
-            secret,
             tls,
             boot: uuid::Uuid::new_v4().as_u64_pair().0,
             beats: Beats::default(),
@@ -152,24 +130,22 @@ impl Peers {
     }
 
     fn wrap(&self, channel: Channel) -> Client {
-        PeerClient::with_interceptor(channel, self.inner.secret.clone())
+        PeerClient::new(channel)
             .max_decoding_message_size(MAX_PEER_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_PEER_MESSAGE_BYTES)
     }
 
     fn connect(&self, address: &str) -> Result<Channel, String> {
-        let scheme = if self.inner.tls.is_some() { "https" } else { "http" };
-        let mut endpoint = Endpoint::from_shared(format!("{scheme}://{address}"))
+        let endpoint = Endpoint::from_shared(format!("https://{address}"))
             .map_err(|error| format!("peer address {address:?}: {error}"))?
             .connect_timeout(Duration::from_secs(2))
             .tcp_nodelay(true)
             .http2_keep_alive_interval(Duration::from_secs(5))
             .keep_alive_timeout(Duration::from_secs(5))
             .initial_stream_window_size(4 << 20)
-            .initial_connection_window_size(16 << 20);
-        if let Some(tls) = &self.inner.tls {
-            endpoint = endpoint.tls_config(tls.clone()).map_err(|error| format!("peer TLS: {error}"))?;
-        }
+            .initial_connection_window_size(16 << 20)
+            .tls_config(self.inner.tls.clone())
+            .map_err(|error| format!("peer TLS: {error}"))?;
         Ok(endpoint.connect_lazy())
     }
 }
@@ -296,7 +272,10 @@ impl RaftNetworkV2<TypeConfig> for Link {
 
 /// Streams an export: each piece with its checksum in front, and an empty piece at the end, so
 /// that a broken stream is not taken for a whole one.
-fn pieces(header: Bytes, export: Arc<dyn Export>) -> impl futures::Stream<Item = Piece> + Send + 'static {
+pub(crate) fn pieces(
+    header: Bytes,
+    export: Arc<dyn Export>,
+) -> impl futures::Stream<Item = Piece> + Send + 'static {
     let (sender, receiver) = tokio::sync::mpsc::channel(2);
     tokio::task::spawn_blocking(move || {
         let mut header = header;

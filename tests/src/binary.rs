@@ -35,7 +35,22 @@ pub fn target_dir() -> Result<PathBuf> {
 /// # Errors
 /// When there is no binary.
 pub fn shoal(subcommand: &str) -> Result<Command> {
-    let mut command = Command::new(binary()?);
+    shoal_under(&[], subcommand)
+}
+
+/// The same, run by another command that becomes it, such as `ip netns exec NAME`.
+///
+/// # Errors
+/// When there is no binary.
+pub fn shoal_under(launcher: &[String], subcommand: &str) -> Result<Command> {
+    let mut command = match launcher {
+        [] => Command::new(binary()?),
+        [program, arguments @ ..] => {
+            let mut command = Command::new(program);
+            command.args(arguments).arg(binary()?);
+            command
+        }
+    };
     for (name, _) in std::env::vars_os() {
         if name.to_string_lossy().starts_with("SHOAL_") {
             command.env_remove(name);

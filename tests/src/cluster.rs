@@ -129,11 +129,19 @@ impl Cluster {
     /// # Errors
     /// When it does not become ready in time.
     pub async fn add_node(&mut self) -> Result<usize> {
-        self.push_node()?;
-        self.introduce();
-        let at = self.nodes.len() - 1;
+        let at = self.place_node()?;
         self.restart(at).await?;
         Ok(at)
+    }
+
+    /// Makes one more node, which knows the others, and does not start it.
+    ///
+    /// # Errors
+    /// When no port is free.
+    pub fn place_node(&mut self) -> Result<usize> {
+        self.push_node()?;
+        self.introduce();
+        Ok(self.nodes.len() - 1)
     }
 
     /// Starts a node that does not run and waits until it is ready.

@@ -1,6 +1,7 @@
 //! HTTP/1.1 on one connection, as much of it as the tests need: one request, one answer, with a
 //! length, in chunks, or until the end of the connection.
 
+use std::fmt;
 use std::io;
 
 use anyhow::{Context, Result, ensure};
@@ -61,6 +62,18 @@ fn find<'a>(headers: &'a [(String, String)], name: &str) -> Option<&'a str> {
     headers.iter().find(|(known, _)| known.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str())
 }
 
+/// There is no connection, so nothing was sent.
+#[derive(Debug)]
+pub struct NotConnected(io::Error);
+
+impl fmt::Display for NotConnected {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "no connection: {}", self.0)
+    }
+}
+
+impl std::error::Error for NotConnected {}
+
 /// One connection to one node.
 pub(crate) struct Connection {
     stream: BufReader<TcpStream>,
@@ -69,7 +82,7 @@ pub(crate) struct Connection {
 impl Connection {
     /// Connects.
     pub(crate) async fn open(address: &str) -> Result<Connection> {
-        let stream = TcpStream::connect(address).await.context("no connection")?;
+        let stream = TcpStream::connect(address).await.map_err(NotConnected)?;
         stream.set_nodelay(true)?;
         Ok(Connection { stream: BufReader::new(stream) })
     }

@@ -26,7 +26,7 @@ pub mod http;
 pub mod node;
 pub mod points;
 pub mod ports;
-mod settled;
+pub mod settled;
 pub mod shared;
 pub mod view;
 pub mod wait;
@@ -35,8 +35,15 @@ pub mod writers;
 pub use client::{Client, Request};
 pub use cluster::Cluster;
 pub use documents::{Store, models};
-pub use http::Reply;
-pub use node::{KEY, Node};
+pub use http::{NotConnected, Reply};
+pub use node::{Host, KEY, Node};
 pub use points::{Freshness, Points, point, vector};
+pub use ports::Ports;
 pub use wait::{say, skip, wait_until};
 pub use writers::{Writers, Written};
+
+/// The value below which a part of the values lies, by nearest rank; the values are in order.
+pub fn percentile<T: Copy>(values: &[T], part: f64) -> Option<T> {
+    let rank = (values.len() as f64 * part).ceil() as usize;
+    values.get(rank.max(1) - 1).or(values.last()).copied()
+}

@@ -9,10 +9,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::binary::shoal;
+use crate::binary::shoal_under;
 use crate::client::{Client, Request};
 use crate::ports::Ports;
-use crate::view::View;
+use crate::view::{self, View};
 use crate::wait::wait_until;
 
 /// The API key of every node that the tests start.
@@ -20,14 +20,29 @@ pub const KEY: &str = "key-of-the-tests";
 
 /// How long a node may take from its start to ready.
 const READY_DEADLINE: Duration = Duration::from_secs(60);
-/// How long `/admin/cluster` may take.
-const VIEW_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// Where a node runs.
+#[derive(Clone, Debug)]
+pub struct Host {
+    /// The IP address that it listens on.
+    pub address: String,
+    /// The command that starts it there and becomes it; empty to start it as it is.
+    pub launcher: Vec<String>,
+}
+
+impl Default for Host {
+    /// This machine's loopback.
+    fn default() -> Self {
+        Host { address: "127.0.0.1".to_owned(), launcher: Vec::new() }
+    }
+}
 
 /// A node. Dropping it kills its process.
 pub struct Node {
     name: String,
     dir: PathBuf,
     models: PathBuf,
+    host: Host,
     ports: Ports,
     env: BTreeMap<String, String>,
     join: Vec<String>,
@@ -43,8 +58,23 @@ impl Node {
     /// # Errors
     /// When the directory cannot be made or no port is free.
     pub fn new(name: &str, dir: &Path, models: &Path, env: &[(String, String)]) -> Result<Node> {
+        Node::on(Host::default(), Ports::reserve()?, name, dir, models, env)
+    }
+
+    /// A node on a host of its own.
+    ///
+    /// # Errors
+    /// When the directory cannot be made.
+    pub fn on(
+        host: Host,
+        ports: Ports,
+        name: &str,
+        dir: &Path,
+        models: &Path,
+        env: &[(String, String)],
+    ) -> Result<Node> {
         std::fs::create_dir_all(dir)?;
-        let ports = Ports::reserve()?;
+        let client = client_at(&host, ports);
         Ok(Node {
             name: name.to_owned(),
             dir: dir.to_owned(),
@@ -55,7 +85,8 @@ impl Node {
             expect: 1,
             child: None,
             is_paused: false,
-            client: client_at(ports),
+            client,
+            host,
         })
     }
 
@@ -71,12 +102,17 @@ impl Node {
 
     /// Where clients connect.
     pub fn http_address(&self) -> String {
-        format!("127.0.0.1:{}", self.ports.http)
+        format!("{}:{}", self.host.address, self.ports.http)
     }
 
     /// Where peers connect.
     pub fn grpc_address(&self) -> String {
-        format!("127.0.0.1:{}", self.ports.grpc)
+        format!("{}:{}", self.host.address, self.ports.grpc)
+    }
+
+    /// Where peers' actors connect.
+    pub fn mesh_address(&self) -> String {
+        format!("{}:{}", self.host.address, self.ports.mesh)
     }
 
     /// A client of this node alone.
@@ -106,7 +142,7 @@ impl Node {
     /// When no port is free.
     pub fn readdress(&mut self) -> Result<()> {
         self.ports = Ports::reserve()?;
-        self.client = client_at(self.ports);
+        self.client = client_at(&self.host, self.ports);
         Ok(())
     }
 
@@ -127,10 +163,10 @@ impl Node {
     pub fn start(&mut self) -> Result<()> {
         ensure!(self.child.is_none(), "{} runs already", self.name);
         let log = File::options().create(true).append(true).open(self.log_file())?;
-        let mut command = shoal("serve")?;
+        let mut command = shoal_under(&self.host.launcher, "serve")?;
         command.args(["--name", &self.name]).arg("--data").arg(self.data_dir());
         command.args(["--http", &self.http_address(), "--grpc", &self.grpc_address()]);
-        command.args(["--mesh", &format!("127.0.0.1:{}", self.ports.mesh)]);
+        command.args(["--mesh", &self.mesh_address()]);
         command.args(["--api-key", KEY, "--log-format", "text"]).arg("--models").arg(&self.models);
         if !self.join.is_empty() {
             command.args(["--join", &self.join.join(","), "--expect", &self.expect.to_string()]);
@@ -138,6 +174,20 @@ impl Node {
         command.envs(&self.env).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         self.child = Some(command.spawn().with_context(|| format!("start {}", self.name))?);
         Ok(())
+    }
+
+    /// Whether it has no process, because it was never started or has ended.
+    ///
+    /// # Errors
+    /// When the system does not tell.
+    pub fn has_exited(&mut self) -> Result<bool> {
+        if let Some(child) = &mut self.child
+            && child.try_wait()?.is_some()
+        {
+            self.child = None;
+            self.is_paused = false;
+        }
+        Ok(self.child.is_none())
     }
 
     /// Waits until it serves.
@@ -247,10 +297,7 @@ impl Node {
     /// # Errors
     /// When it does not answer.
     pub async fn view(&self) -> Result<View> {
-        let client = self.client.clone().with_limits(VIEW_TIMEOUT, VIEW_TIMEOUT);
-        let reply = client.once(&Request::get("/admin/cluster")).await?;
-        ensure!(reply.is_success(), "/admin/cluster: {} {}", reply.status, reply.text());
-        serde_json::from_slice(&reply.body).with_context(|| format!("/admin/cluster: {}", reply.text()))
+        view::of(&self.client).await
     }
 
     /// Everything it has logged, over all its starts.
@@ -278,6 +325,6 @@ impl Drop for Node {
     }
 }
 
-fn client_at(ports: Ports) -> Client {
-    Client::new(vec![format!("127.0.0.1:{}", ports.http)], Some(KEY))
+fn client_at(host: &Host, ports: Ports) -> Client {
+    Client::new(vec![format!("{}:{}", host.address, ports.http)], Some(KEY))
 }

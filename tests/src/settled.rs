@@ -15,8 +15,11 @@ fn control_voters(nodes: usize) -> usize {
     }
 }
 
-/// Checks that nothing is left to be done about membership, and says what is missing.
-pub(crate) fn check_settled(views: &[(usize, View)], node_count: usize) -> Result<()> {
+/// Checks that nothing is left to be done about membership.
+///
+/// # Errors
+/// Says what is missing.
+pub fn check_settled(views: &[(usize, View)], node_count: usize) -> Result<()> {
     let newest =
         views.iter().map(|(_, view)| view).max_by_key(|view| view.version).context("no node runs")?;
     for (_, view) in views {
@@ -58,8 +61,11 @@ fn check_leader(views: &[(usize, View)], id: u64, members: Option<&BTreeSet<u64>
     Ok(group.voters.clone())
 }
 
-/// Checks that every replica has applied the whole log, and says which has not.
-pub(crate) fn check_converged(views: &[(usize, View)]) -> Result<()> {
+/// Checks that every replica has applied the whole log.
+///
+/// # Errors
+/// Says which has not.
+pub fn check_converged(views: &[(usize, View)]) -> Result<()> {
     let groups: BTreeSet<u64> =
         views.iter().flat_map(|(_, view)| view.groups.iter().map(|group| group.group)).collect();
     for id in groups {

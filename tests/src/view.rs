@@ -1,8 +1,26 @@
 //! What `GET /admin/cluster` says, from the point of view of the node that answers.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
+use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
+
+use crate::client::{Client, Request};
+
+/// How long `/admin/cluster` may take.
+const VIEW_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// How the cluster looks from the node of a client.
+///
+/// # Errors
+/// When it does not answer.
+pub async fn of(client: &Client) -> Result<View> {
+    let client = client.clone().with_limits(VIEW_TIMEOUT, VIEW_TIMEOUT);
+    let reply = client.once(&Request::get("/admin/cluster")).await?;
+    ensure!(reply.is_success(), "/admin/cluster: {} {}", reply.status, reply.text());
+    serde_json::from_slice(&reply.body).with_context(|| format!("/admin/cluster: {}", reply.text()))
+}
 
 /// The whole answer.
 #[derive(Clone, Debug, Deserialize)]
@@ -82,12 +100,25 @@ pub struct GroupView {
     pub last_index: u64,
     /// The last index applied here.
     pub applied: u64,
+    /// The index up to which the state here is durable by itself.
+    pub checkpoint: u64,
     /// The index up to which the log here was dropped.
     pub purged: u64,
+    /// A sum over the state of a shard after some index; replicas have the same at the same index.
+    pub state_sum: Option<StateSum>,
     /// The members that vote.
     pub voters: BTreeSet<u64>,
     /// The members that only follow.
     pub learners: BTreeSet<u64>,
+}
+
+/// A sum over everything that a replica has stored.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
+pub struct StateSum {
+    /// The log index after which it was taken.
+    pub index: u64,
+    /// The sum, in hexadecimal digits.
+    pub sum: String,
 }
 
 impl GroupView {

@@ -3,6 +3,7 @@
 //! The scripts are in `tests/python`; what they need is installed once by pip into a virtual
 //! environment in Cargo's target directory. Where that is not possible the tests are skipped.
 
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
@@ -10,7 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use shoal_tests::binary::target_dir;
-use shoal_tests::{Cluster, KEY, models, say, skip};
+use shoal_tests::{Cluster, KEY, Request, models, say, skip};
 use tokio::process::Command;
 use tokio::sync::Mutex;
 
@@ -51,7 +52,25 @@ async fn run(name: &str, script: &str) -> Result<()> {
     let said = String::from_utf8_lossy(&said);
     ensure!(output.status.success(), "{script}: {}\n{said}", output.status);
     say(format!("{script}: {}", said.trim_end()));
+    every_route_is_described(&cluster).await?;
     cluster.finish()
+}
+
+/// The routes that were taken, as the metrics name them, all stand in `/openapi.json`.
+async fn every_route_is_described(cluster: &Cluster) -> Result<()> {
+    let client = cluster.client(0);
+    let document = client.json(&Request::get("/openapi.json")).await?;
+    let metrics = client.succeed(&Request::get("/metrics")).await?.text();
+    let routes: BTreeSet<&str> = metrics
+        .split("path=\"")
+        .skip(1)
+        .filter_map(|rest| rest.split('"').next())
+        .filter(|route| *route != "none")
+        .collect();
+    ensure!(routes.len() >= 8, "the client has taken few routes: {routes:?}");
+    let missing: Vec<_> = routes.iter().filter(|route| document["paths"][**route].is_null()).collect();
+    ensure!(missing.is_empty(), "served and not described: {missing:?}");
+    Ok(())
 }
 
 /// The Python of an environment that has what the scripts need. It is made anew when the

@@ -104,6 +104,14 @@ async fn bad_requests_name_the_field_and_store_nothing() -> Result<()> {
         (raw("/collections/c/points", r#"{"points":[{"id":18446744073709551616,"vector":[1,2,3,4]}]}"#), ID),
         (put(json!({"points": [{"id": 1, "vector": good, "payload": [1]}]})), "payload"),
         (put(json!({"points": [{"id": 1, "vector": good, "colour": 1}]})), "colour"),
+        (
+            raw(
+                "/collections/c/points",
+                r#"{"points":[{"id":1,"vector":[1,2,3,4],"payload":{"n":1,"n":2}}]}"#,
+            ),
+            "twice",
+        ),
+        (raw("/collections/c/points", r#"{"points":[{"id":1,"id":2,"vector":[1,2,3,4]}]}"#), "duplicate"),
         (put(json!({"pionts": []})), "pionts|points"),
         // One bad point among good ones: none of them is stored.
         (put(json!({"points": [{"id": 1, "vector": good}, {"id": 2, "vector": [1]}]})), "vector"),

@@ -19,6 +19,7 @@ use crate::control::Control;
 use crate::mesh::MeshArguments;
 use crate::service::{Identity, PeerService};
 use crate::sweep;
+use crate::tls::PeerTls;
 use crate::work::{Work, WorkConfig};
 
 /// How often addresses are learned while nobody leads the control group.
@@ -29,7 +30,7 @@ const DISK_TICK: Duration = Duration::from_secs(1);
 const HANDOVER_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Everything that a node's working parts need to know.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct NodeConfig {
     /// The data directory.
     pub data: PathBuf,
@@ -41,6 +42,8 @@ pub struct NodeConfig {
     pub log: LogConfig,
     /// What peers prove to each other.
     pub secret: String,
+    /// Encryption between nodes, made from the secret.
+    pub tls: PeerTls,
     /// Where the actor mesh listens.
     pub mesh: SocketAddr,
     /// Free bytes on the data directory's file system below which writes are refused.
@@ -62,6 +65,29 @@ pub struct Running {
     root: ActorRef<RootMessage>,
 }
 
+/// What a node has on its disk besides its shards. Any of it being damaged means that the node
+/// cannot know what it has promised.
+struct Disk {
+    file: NodeFile,
+    log: LogStore,
+    control: Control,
+}
+
+impl Disk {
+    /// Opens what is there. A member that has lost its log must not go on without it, unless it
+    /// has just become one.
+    fn open(config: &NodeConfig, must_have_log: bool) -> std::io::Result<Disk> {
+        let file = NodeFile::open(&config.data)?;
+        if must_have_log && file.is_member() && !config.data.join("log").join("synced").exists() {
+            let reason = "the Raft log of this node is missing";
+            return Err(std::io::Error::new(std::io::ErrorKind::InvalidData, reason));
+        }
+        let log = LogStore::open(&config.data.join("log"), &config.log)?;
+        let control = Control::open(&config.data.join("control"))?;
+        Ok(Disk { file, log, control })
+    }
+}
+
 /// Brings a node up. `service` is being served already, so that other nodes can greet this one
 /// while it looks for its cluster. Returns when the node belongs to a cluster and its parts run.
 ///
@@ -69,7 +95,16 @@ pub struct Running {
 /// When something on this node's disk or in its configuration is wrong, or the node has been
 /// removed from its cluster.
 pub async fn start(config: NodeConfig, peers: Peers, service: PeerService) -> Result<Running, Error> {
-    let mut file = NodeFile::open(&config.data).map_err(|error| on_disk(&config.data, &error))?;
+    let disk = match Disk::open(&config, true) {
+        Err(error)
+            if error.kind() == std::io::ErrorKind::InvalidData && !config.discovery.join.is_empty() =>
+        {
+            bootstrap::rejoin(&peers, &config.discovery, &config.data, &error).await?;
+            Disk::open(&config, false)
+        }
+        opened => opened,
+    };
+    let Disk { mut file, log, control } = disk.map_err(|error| on_disk(&config.data, &error))?;
     if !file.is_member() {
         let found = bootstrap::find_cluster(&peers, &config.discovery, &file).await;
         (file.node, file.cluster_id) = match found {
@@ -82,13 +117,9 @@ pub async fn start(config: NodeConfig, peers: Peers, service: PeerService) -> Re
     let node = file.node;
     tracing::info!(node = node.0, cluster = file.cluster_id, "this node belongs to a cluster");
 
-    let log = LogStore::open(&config.data.join("log"), &config.log)
-        .map_err(|error| on_disk(&config.data, &error))?;
     let incoming = config.data.join("incoming");
     let groups = Groups::new(node, log, peers.clone(), &config.raft, incoming)
         .map_err(|error| on_disk(&config.data, &error))?;
-    let control =
-        Control::open(&config.data.join("control")).map_err(|error| on_disk(&config.data, &error))?;
     let control = Arc::new(control);
     let watch = control.watch();
     let mut noted = BTreeMap::new();
@@ -123,12 +154,21 @@ pub async fn start(config: NodeConfig, peers: Peers, service: PeerService) -> Re
         cluster: cluster.clone(),
         blobs: blobs.clone(),
         shards_dir: config.data.join("shards"),
-        mesh: MeshArguments { cluster: cluster.clone(), listen: config.mesh, secret: config.secret.clone() },
+        mesh: MeshArguments {
+            cluster: cluster.clone(),
+            listen: config.mesh,
+            secret: config.secret.clone(),
+            tls: config.tls.clone(),
+        },
         work: work.clone(),
     };
     let (root, _) = Actor::spawn(None, Root, arguments)
         .await
         .map_err(|error| Error::internal(format!("the supervision tree does not start: {error}")))?;
+    // Before it has heard of itself a node has heard of nothing that it would be asked for.
+    let mut state = cluster.watch();
+    let heard = state.wait_for(|state| state.nodes.contains_key(&node) || state.removed.contains(&node));
+    heard.await.map_err(Error::internal)?;
     Ok(Running { cluster, blobs, work, root })
 }
 

@@ -1,6 +1,6 @@
 //! One replica: opens engine and group, then tends them on a tick.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -8,7 +8,9 @@ use ractor::{Actor, ActorProcessingErr, ActorRef};
 use ractor_cluster::RactorMessage;
 use shoal_engine::command::{Answer, FileRecord, Read};
 use shoal_proto::{CollectionConfig, ShardId};
+use tokio::sync::Semaphore;
 
+use super::rebuild;
 use crate::blobs::{self, BlobStore};
 use crate::cluster::{Cluster, LocalShard};
 use crate::limits;
@@ -24,6 +26,14 @@ const BUSY_TICK: Duration = Duration::from_millis(1);
 const BLOBS_EVERY: Duration = Duration::from_secs(10);
 /// The most blobs fetched in one go.
 const BLOBS_AT_ONCE: usize = 16;
+/// How often everything that is stored is read again. The first time is right after the start.
+const SCRUB_EVERY: Duration = Duration::from_secs(24 * 3600);
+/// Pieces of about a MiB that are read in one tick.
+const SCRUB_PIECES: usize = 8;
+/// How a panic of the store is told.
+const PANICKED: &str = "the store panicked";
+/// How often the state is compared with the other replicas', when it has changed.
+const COMPARE_EVERY: Duration = Duration::from_secs(10);
 
 pub(super) struct Shard;
 
@@ -33,10 +43,12 @@ pub(super) struct ShardArguments {
     pub(super) dir: PathBuf,
     pub(super) cluster: Cluster,
     pub(super) blobs: BlobStore,
+    /// Passed by whoever reads a replica from the disk.
+    pub(super) gate: Arc<Semaphore>,
 }
 
 #[derive(RactorMessage)]
-pub(super) enum ShardMessage {
+pub(crate) enum ShardMessage {
     /// Look after the replica.
     Tick,
 }
@@ -50,6 +62,12 @@ pub(super) struct ShardState {
     seen: u64,
     blobs_seen: Instant,
     blobs_tried: usize,
+    /// When everything that is stored is to be read again.
+    scrub_at: Instant,
+    scrubbed_at: Instant,
+    compared_at: Instant,
+    /// The last index at which the state was compared with other replicas.
+    compared: u64,
 }
 
 impl Actor for Shard {
@@ -62,9 +80,8 @@ impl Actor for Shard {
         myself: ActorRef<ShardMessage>,
         arguments: ShardArguments,
     ) -> Result<ShardState, ActorProcessingErr> {
-        let ShardArguments { id, config, dir, cluster, blobs } = arguments;
-        let shard = tokio::task::spawn_blocking(move || shoal_engine::Shard::open(&dir, config)).await??;
-        let shard = Arc::new(shard);
+        let ShardArguments { id, config, dir, cluster, blobs, gate } = arguments;
+        let shard = Arc::new(open(&cluster, id, &dir, &config, &gate).await?);
         let group = cluster.groups().open(id.into(), Arc::new(Replica(shard.clone()))).await?;
         let founders =
             cluster.state().shards.get(&id).map(|shard| shard.founders.clone()).unwrap_or_default();
@@ -77,7 +94,20 @@ impl Actor for Shard {
         let local = LocalShard { shard, group };
         cluster.add_local(id, local.clone());
         myself.cast(ShardMessage::Tick)?;
-        Ok(ShardState { id, cluster, blobs, local, seen: 0, blobs_seen: Instant::now(), blobs_tried: 0 })
+        let now = Instant::now();
+        Ok(ShardState {
+            id,
+            cluster,
+            blobs,
+            local,
+            seen: 0,
+            blobs_seen: now,
+            blobs_tried: 0,
+            scrub_at: now,
+            scrubbed_at: now,
+            compared_at: now,
+            compared: 0,
+        })
     }
 
     async fn handle(
@@ -92,8 +122,54 @@ impl Actor for Shard {
     }
 }
 
+/// Opens the engine. What is damaged is made anew from another replica first.
+async fn open(
+    cluster: &Cluster,
+    id: ShardId,
+    dir: &Path,
+    config: &CollectionConfig,
+    gate: &Semaphore,
+) -> Result<shoal_engine::Shard, ActorProcessingErr> {
+    let attempt = async || {
+        let _permit = gate.acquire().await;
+        let (dir, config) = (dir.to_owned(), config.clone());
+        tokio::task::spawn_blocking(move || shoal_engine::Shard::open(&dir, config)).await
+    };
+    let purged = cluster.groups().purged(id.into()).await?;
+    let reason = match attempt().await {
+        Ok(Ok(shard)) => {
+            let applied = shard.applied_tag()?.map_or(Ok(0), |tag| shoal_raft::machine::index_of(&tag))?;
+            if applied >= purged {
+                return Ok(shard);
+            }
+            format!("its state ends at {applied}, and the log begins after {purged}")
+        }
+        Ok(Err(error)) if error.is_damage() => error.to_string(),
+        Ok(Err(error)) => return Err(error.into()),
+        // sled panics on some kinds of damage. So might a bug of ours, on every replica alike:
+        // nothing is marked, and what is there is only replaced by what another one could open.
+        Err(error) if error.is_panic() => format!("{PANICKED} when it was opened"),
+        Err(error) => return Err(error.into()),
+    };
+    tracing::error!(shard = id.0, reason, "a replica is damaged");
+    if purged == 0 {
+        // Nothing was dropped from the log yet: it makes the whole state again.
+        rebuild::set_aside(dir)?;
+    } else if let Err(error) = rebuild::from_another(cluster, id, dir, config, purged).await {
+        // A panic may have been a bug of ours, on every replica alike: then nobody could begin.
+        if reason.contains(PANICKED) {
+            shoal_engine::shard::clear_damaged(dir)?;
+        }
+        return Err(error.into());
+    }
+    Ok(attempt().await??)
+}
+
 impl ShardState {
     async fn tick(&mut self, myself: &ActorRef<ShardMessage>) -> Result<(), ActorProcessingErr> {
+        if self.local.shard.is_damaged() {
+            return Err("its state is damaged".into());
+        }
         if self.local.group.is_stopped() {
             return Err("its Raft group has stopped".into());
         }
@@ -107,8 +183,13 @@ impl ShardState {
             self.fetch_missing_blobs().await;
             self.blobs_seen = Instant::now();
         }
+        let is_scrubbing = self.scrub().await?;
+        if self.compared_at.elapsed() >= COMPARE_EVERY {
+            self.compare().await;
+            self.compared_at = Instant::now();
+        }
         let applied = self.local.group.applied();
-        let is_quiet = applied == self.seen && !is_steering;
+        let is_quiet = applied == self.seen && !is_steering && !is_scrubbing;
         self.seen = applied;
         if is_quiet {
             self.local.group.rest().await;
@@ -122,6 +203,49 @@ impl ShardState {
         };
         myself.send_after(pause, || ShardMessage::Tick);
         Ok(())
+    }
+
+    /// Reads on in what is stored, when that is due. Returns whether there is more to read.
+    async fn scrub(&mut self) -> Result<bool, ActorProcessingErr> {
+        if Instant::now() < self.scrub_at {
+            return Ok(false);
+        }
+        if self.scrubbed_at.elapsed() < TICK {
+            return Ok(true);
+        }
+        self.scrubbed_at = Instant::now();
+        let shard = self.local.shard.clone();
+        let read = move || -> shoal_engine::Result<bool> {
+            for _ in 0..SCRUB_PIECES {
+                if shard.scrub()? {
+                    return Ok(true);
+                }
+            }
+            Ok(false)
+        };
+        let is_through = match tokio::task::spawn_blocking(read).await {
+            Ok(read) => read?,
+            Err(error) => {
+                self.local.shard.mark_damaged(&format!("{PANICKED} when it was read through"));
+                return Err(error.into());
+            }
+        };
+        if is_through {
+            metrics::counter!("shoal_scrubs_total").increment(1);
+            self.scrub_at = Instant::now() + SCRUB_EVERY;
+        }
+        Ok(!is_through)
+    }
+
+    /// Asks the other replicas whether they have come to the same state.
+    async fn compare(&mut self) {
+        let sums = self.local.shard.state_sums();
+        let Some((newest, _)) = sums.last().filter(|(newest, _)| *newest != self.compared) else { return };
+        self.compared = *newest;
+        if let Some(reason) = rebuild::diverged(&self.cluster, self.id, &sums).await {
+            tracing::error!(shard = self.id.0, reason, "this replica has diverged and stops serving");
+            self.local.shard.mark_damaged(&reason);
+        }
     }
 
     /// A replica that was added later, or took a lost disk's place, has the records of files but

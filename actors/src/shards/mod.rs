@@ -6,6 +6,7 @@
 //! that an open replica registers with [`crate::cluster::Cluster`].
 
 mod actor;
+mod rebuild;
 mod supervisor;
 
 pub(crate) use supervisor::{Shards, ShardsArguments};

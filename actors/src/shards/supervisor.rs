@@ -1,14 +1,15 @@
 //! Opens and closes replicas as the cluster's state says.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
+use ractor::{Actor, ActorProcessingErr, ActorRef, ActorStatus, SupervisionEvent};
 use ractor_cluster::RactorMessage;
-use shoal_proto::ShardId;
+use shoal_proto::{CollectionConfig, ShardId};
 use shoal_raft::cluster::ClusterState;
+use tokio::sync::Semaphore;
 
 use super::actor::{Shard, ShardArguments, ShardMessage};
 use crate::blobs::BlobStore;
@@ -16,6 +17,9 @@ use crate::cluster::Cluster;
 
 /// The pause before a failed replica is opened again; it doubles up to the second value.
 const REOPEN_PAUSE: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
+
+/// How many replicas are read from the disk at the same time.
+const OPENED_AT_ONCE: usize = 2;
 
 pub(crate) struct Shards;
 
@@ -29,11 +33,17 @@ pub(crate) struct ShardsArguments {
 pub(crate) enum ShardsMessage {
     /// The cluster's state has changed, or a failed replica is due again.
     Reconcile,
+    /// A replica is open, or why not.
+    Opened(ShardId, Result<ActorRef<ShardMessage>, String>),
 }
 
 pub(crate) struct ShardsState {
     arguments: ShardsArguments,
     open: BTreeMap<ShardId, ActorRef<ShardMessage>>,
+    gate: Arc<Semaphore>,
+    /// Replicas that are being opened, each by a task of its own: one that must first be made anew
+    /// from another node takes minutes.
+    opening: BTreeSet<ShardId>,
     failures: BTreeMap<ShardId, u32>,
 }
 
@@ -48,13 +58,24 @@ impl Actor for Shards {
         arguments: ShardsArguments,
     ) -> Result<ShardsState, ActorProcessingErr> {
         std::fs::create_dir_all(&arguments.dir)?;
+        // What a supervisor before this one has left: its actors have ended with it.
+        for id in arguments.cluster.local_shards().into_keys() {
+            arguments.cluster.drop_local(id);
+            arguments.cluster.groups().close(id.into()).await;
+        }
         let mut watch = arguments.cluster.watch();
         let me = myself.clone();
         tokio::spawn(async move {
             while watch.changed().await.is_ok() && me.cast(ShardsMessage::Reconcile).is_ok() {}
         });
         myself.cast(ShardsMessage::Reconcile)?;
-        Ok(ShardsState { arguments, open: BTreeMap::new(), failures: BTreeMap::new() })
+        Ok(ShardsState {
+            arguments,
+            gate: Arc::new(Semaphore::new(OPENED_AT_ONCE)),
+            open: BTreeMap::new(),
+            opening: BTreeSet::new(),
+            failures: BTreeMap::new(),
+        })
     }
 
     async fn handle(
@@ -65,6 +86,7 @@ impl Actor for Shards {
     ) -> Result<(), ActorProcessingErr> {
         match message {
             ShardsMessage::Reconcile => state.reconcile(&myself).await,
+            ShardsMessage::Opened(id, result) => state.opened(id, result, &myself).await,
         }
         Ok(())
     }
@@ -97,10 +119,16 @@ impl ShardsState {
         let wanted = cluster.state();
         let node = cluster.node();
         for (&id, shard) in &wanted.shards {
-            if shard.replicas.contains(&node) && !self.open.contains_key(&id) {
-                self.open(id, &wanted, myself).await;
+            let is_here = self.open.contains_key(&id) || self.opening.contains(&id);
+            if shard.replicas.contains(&node) && !is_here {
+                self.open(id, &wanted, myself);
             }
         }
+        self.discard_surplus().await;
+    }
+
+    async fn discard_surplus(&mut self) {
+        let wanted = self.arguments.cluster.state();
         let surplus: Vec<ShardId> =
             self.open.keys().filter(|id| !self.is_wanted(**id, &wanted)).copied().collect();
         for id in surplus {
@@ -120,26 +148,56 @@ impl ShardsState {
         status.is_some_and(|status| status.voters.contains(&node) || status.learners.contains(&node))
     }
 
-    async fn open(&mut self, id: ShardId, wanted: &Arc<ClusterState>, myself: &ActorRef<ShardsMessage>) {
-        let Some(collection) =
-            wanted.shards.get(&id).and_then(|shard| wanted.collections.get(&shard.collection))
-        else {
-            return;
-        };
+    fn open(&mut self, id: ShardId, wanted: &Arc<ClusterState>, myself: &ActorRef<ShardsMessage>) {
+        let Some(shard) = wanted.shards.get(&id) else { return };
+        let Some(collection) = wanted.collections.get(&shard.collection) else { return };
+        let payload_indexes = shard.first_indexes.clone();
         let arguments = ShardArguments {
             id,
-            config: collection.config.clone(),
+            config: CollectionConfig { payload_indexes, ..collection.config.clone() },
+            gate: self.gate.clone(),
             dir: self.arguments.dir.join(id.to_string()),
             cluster: self.arguments.cluster.clone(),
             blobs: self.arguments.blobs.clone(),
         };
-        match Actor::spawn_linked(None, Shard, arguments, myself.get_cell()).await {
-            Ok((actor, _)) => {
+        self.opening.insert(id);
+        let myself = myself.clone();
+        tokio::spawn(async move {
+            let opened = Actor::spawn_linked(None, Shard, arguments, myself.get_cell()).await;
+            let opened = opened.map(|(actor, _)| actor).map_err(|error| error.to_string());
+            let actor = opened.as_ref().ok().cloned();
+            if myself.cast(ShardsMessage::Opened(id, opened)).is_err()
+                && let Some(actor) = actor
+            {
+                // The supervisor has ended; its successor opens the replica anew.
+                actor.stop(None);
+            }
+        });
+    }
+
+    async fn opened(
+        &mut self,
+        id: ShardId,
+        opened: Result<ActorRef<ShardMessage>, String>,
+        myself: &ActorRef<ShardsMessage>,
+    ) {
+        self.opening.remove(&id);
+        // An actor that has ended in the meantime was not known when that was told.
+        let opened = opened.and_then(|actor| match actor.get_status() {
+            status @ (ActorStatus::Stopping | ActorStatus::Stopped) => {
+                Err(format!("its actor is {status:?} already"))
+            }
+            _ => Ok(actor),
+        });
+        match opened {
+            Ok(actor) => {
                 self.failures.remove(&id);
                 self.open.insert(id, actor);
+                // It may have become surplus while it was opened.
+                self.discard_surplus().await;
             }
-            Err(error) => {
-                tracing::error!(shard = id.0, %error, "a replica could not be opened; will try again");
+            Err(reason) => {
+                tracing::error!(shard = id.0, reason, "a replica could not be opened; will try again");
                 self.close(id).await;
                 self.retry_later(id, myself);
             }
@@ -173,7 +231,7 @@ impl ShardsState {
                 // that looks whole.
                 let doomed = self.arguments.dir.join(format!("{id}.discarded"));
                 std::fs::rename(&dir, &doomed)?;
-                shoal_engine::store::sync_dir(&self.arguments.dir)?;
+                shoal_engine::files::sync_dir(&self.arguments.dir)?;
                 std::fs::remove_dir_all(&doomed)?;
             }
             cluster.groups().remove(id.into()).await?;

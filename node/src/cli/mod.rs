@@ -42,6 +42,9 @@ enum Command {
     Ingest(ingest::IngestArgs),
     /// Search a vector store.
     Search(search::SearchArgs),
+    /// List the points at which this build can be told to die.
+    #[cfg(feature = "planted-bugs")]
+    CrashPoints,
 }
 
 #[derive(Subcommand)]
@@ -59,6 +62,7 @@ pub fn run(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Serve(args) => {
             let config = Config::load(&args)?;
+            shoal_proto::planted::set_up();
             runtime()?.block_on(serve::run(config))
         }
         Command::Config { command: ConfigCommand::Check(args) } => {
@@ -75,5 +79,10 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Health { client, ready } => runtime()?.block_on(status::health(client, ready)),
         Command::Ingest(args) => runtime()?.block_on(ingest::run(args)),
         Command::Search(args) => runtime()?.block_on(search::run(args)),
+        #[cfg(feature = "planted-bugs")]
+        Command::CrashPoints => {
+            shoal_proto::planted::CRASH_POINTS.iter().for_each(|(name, _)| println!("{name}"));
+            Ok(())
+        }
     }
 }

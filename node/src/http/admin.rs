@@ -1,40 +1,43 @@
 //! Operators: health, metrics, the state of the cluster, the log level.
 
 use axum::Json;
-use axum::Router;
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use shoal_actors::Cluster;
-use shoal_proto::{Error, GroupId};
+use shoal_proto::{Error, GroupId, ShardId};
 use shoal_raft::{Group, GroupStatus};
+use utoipa::ToSchema;
+use utoipa_axum::router::OpenApiRouter;
 
 use crate::app::App;
 use crate::http::context::json as read_json;
 use crate::http::error::Problem;
+use crate::http::openapi::OperatorAnswers;
 
 /// The level of Qdrant's REST API that is served: its clients compare it with their own.
 const QDRANT_API_VERSION: &str = "1.20.0";
 
-pub(super) fn routes() -> Router<App> {
-    Router::new()
-        .route("/", get(root))
-        .route("/health", get(ready))
-        .route("/health/live", get(live))
-        .route("/health/ready", get(ready))
-        .route("/health/detailed", get(detailed))
-        .route("/healthz", get(live))
-        .route("/livez", get(live))
-        .route("/readyz", get(ready))
-        .route("/metrics", get(metrics))
-        .route("/admin/cluster", get(cluster))
-        .route("/admin/log-level", post(set_log_level))
+pub(super) fn routes() -> OpenApiRouter<App> {
+    OpenApiRouter::new()
+        .routes(described!(root))
+        .routes(described!(health))
+        .routes(described!(live))
+        .routes(described!(ready))
+        .routes(described!(detailed))
+        .routes(described!(healthz))
+        .routes(described!(livez))
+        .routes(described!(readyz))
+        .routes(described!(metrics))
+        .routes(described!(cluster))
+        .routes(described!(set_log_level))
 }
 
+/// What is served here, and its version.
+#[utoipa::path(get, path = "/", operation_id = "root", tag = "operators", responses(OperatorAnswers))]
 async fn root() -> Json<Value> {
     Json(json!({
         "title": "shoal - a document retrieval cluster", "version": QDRANT_API_VERSION,
@@ -43,12 +46,26 @@ async fn root() -> Json<Value> {
 }
 
 /// The process answers; nothing else is looked at.
+#[utoipa::path(
+    get,
+    path = "/health/live",
+    operation_id = "health_live",
+    tag = "operators",
+    responses(OperatorAnswers)
+)]
 async fn live() -> Json<Value> {
     Json(json!({"status": "live"}))
 }
 
 /// Whether this node can serve: it belongs to a cluster, the control group has a leader, and
 /// its shards do.
+#[utoipa::path(
+    get,
+    path = "/health/ready",
+    operation_id = "health_ready",
+    tag = "operators",
+    responses(OperatorAnswers)
+)]
 async fn ready(State(app): State<App>) -> Response {
     let reasons = match app.running() {
         Err(error) => vec![error.message],
@@ -83,6 +100,14 @@ fn reasons(cluster: &Cluster) -> Vec<String> {
     reasons
 }
 
+/// Reasons for not being ready, models, groups, disk.
+#[utoipa::path(
+    get,
+    path = "/health/detailed",
+    operation_id = "health_detailed",
+    tag = "operators",
+    responses(OperatorAnswers)
+)]
 async fn detailed(State(app): State<App>) -> Result<Json<Value>, Problem> {
     let running = app.running()?;
     let embedders: Vec<String> =
@@ -94,11 +119,56 @@ async fn detailed(State(app): State<App>) -> Result<Json<Value>, Problem> {
     })))
 }
 
+/// Metrics in Prometheus' text format.
+#[utoipa::path(
+    get,
+    path = "/metrics",
+    operation_id = "metrics",
+    tag = "operators",
+    responses(OperatorAnswers)
+)]
 async fn metrics(State(app): State<App>) -> Response {
     ([("content-type", "text/plain; version=0.0.4")], app.render_metrics()).into_response()
 }
 
+/// The same as `/health/ready`.
+#[utoipa::path(get, path = "/health", operation_id = "health", tag = "operators", responses(OperatorAnswers))]
+async fn health(app: State<App>) -> Response {
+    ready(app).await
+}
+
+/// The same as `/health/live`, under Qdrant's name.
+#[utoipa::path(
+    get,
+    path = "/healthz",
+    operation_id = "healthz",
+    tag = "operators",
+    responses(OperatorAnswers)
+)]
+async fn healthz() -> Json<Value> {
+    live().await
+}
+
+/// The same as `/health/live`, under Qdrant's name.
+#[utoipa::path(get, path = "/livez", operation_id = "livez", tag = "operators", responses(OperatorAnswers))]
+async fn livez() -> Json<Value> {
+    live().await
+}
+
+/// The same as `/health/ready`, under Qdrant's name.
+#[utoipa::path(get, path = "/readyz", operation_id = "readyz", tag = "operators", responses(OperatorAnswers))]
+async fn readyz(app: State<App>) -> Response {
+    ready(app).await
+}
+
 /// What this node knows: members, placement, and the groups that it has replicas of.
+#[utoipa::path(
+    get,
+    path = "/admin/cluster",
+    operation_id = "cluster",
+    tag = "operators",
+    responses(OperatorAnswers)
+)]
 async fn cluster(State(app): State<App>) -> Result<Json<Value>, Problem> {
     let cluster = &app.running()?.cluster;
     let state = cluster.state();
@@ -130,7 +200,8 @@ async fn cluster(State(app): State<App>) -> Result<Json<Value>, Problem> {
             })
         })
         .collect();
-    let groups: Vec<Value> = cluster.groups().all().iter().map(Group::status).map(group_shape).collect();
+    let groups: Vec<Value> =
+        cluster.groups().all().iter().map(|group| group_shape(cluster, group.status())).collect();
     let name = state.nodes.get(&cluster.node()).map(|node| node.name.clone());
     Ok(Json(json!({
         "node": {"id": cluster.node(), "name": name}, "cluster_id": state.cluster_id, "version": state.version,
@@ -138,20 +209,31 @@ async fn cluster(State(app): State<App>) -> Result<Json<Value>, Problem> {
     })))
 }
 
-fn group_shape(status: GroupStatus) -> Value {
+fn group_shape(cluster: &Cluster, status: GroupStatus) -> Value {
+    let shard = cluster.local_shard(ShardId(status.id.0)).filter(|_| status.id != GroupId::CONTROL);
+    let sum = shard.and_then(|local| local.shard.state_sums().last().copied());
+    let sum = sum.map(|(index, sum)| json!({"index": index, "sum": format!("{sum:016x}")}));
     json!({
+        // Replicas take it at the same indexes: at one index all must have the same.
+        "state_sum": sum,
         "group": status.id, "role": status.role, "leader": status.leader, "term": status.term,
         "last_index": status.last_index, "applied": status.applied, "checkpoint": status.checkpoint,
         "purged": status.purged, "voters": status.voters, "learners": status.learners, "matched": status.matched,
     })
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct SetLogLevel {
     level: String,
 }
 
+/// Changes the log level until the next start.
+#[utoipa::path(
+    post, path = "/admin/log-level", operation_id = "set_log_level", tag = "operators",
+    request_body = SetLogLevel,
+    responses(OperatorAnswers),
+)]
 async fn set_log_level(State(app): State<App>, body: Bytes) -> Result<Json<Value>, Problem> {
     let request: SetLogLevel = read_json(&body)?;
     app.log_level().set(&request.level).map_err(|error| Error::invalid("level", error))?;

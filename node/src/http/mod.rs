@@ -4,14 +4,28 @@
 //!  request ─▶ id, log, metrics ─▶ concurrency ─▶ key ─▶ body limit, time-out ─▶ handler
 //! ```
 
+/// Handlers with their descriptions, in a function of its own: the optimizer would put all of them
+/// into one and take minutes over it.
+macro_rules! described {
+    ($($handlers:tt)+) => {{
+        #[inline(never)]
+        fn described() -> utoipa_axum::router::UtoipaMethodRouter<crate::app::App> {
+            utoipa_axum::routes!($($handlers)+)
+        }
+        described()
+    }};
+}
+
 mod admin;
 pub mod context;
 pub mod error;
 mod middleware;
 pub(crate) use middleware::same_key;
 mod openai;
+mod openapi;
 pub mod points;
 mod qdrant;
+mod unique;
 
 use std::time::Duration;
 
@@ -22,6 +36,7 @@ use axum::middleware::{from_fn, from_fn_with_state};
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::decompression::RequestDecompressionLayer;
 use tower_http::timeout::{RequestBodyTimeoutLayer, TimeoutLayer};
+use utoipa_axum::router::OpenApiRouter;
 
 use crate::app::App;
 
@@ -34,10 +49,11 @@ const MAX_BODY_PAUSE: Duration = Duration::from_secs(10);
 /// All routes.
 pub fn router(app: App) -> Router {
     let limits = &app.config().limits;
-    Router::new()
+    let routes = OpenApiRouter::with_openapi(openapi::base())
         .merge(qdrant::routes())
         .merge(openai::routes(limits.upload_bytes + (1 << 20)))
-        .merge(admin::routes())
+        .merge(admin::routes());
+    openapi::serve(routes)
         .fallback(middleware::not_found)
         .method_not_allowed_fallback(middleware::method_not_allowed)
         .layer(DefaultBodyLimit::max(limits.body_bytes))

@@ -1,6 +1,8 @@
 //! Writing and reading points over the shards of a collection: what both surfaces share.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use futures::future::try_join_all;
 use shoal_actors::search::{Gathered, gather};
@@ -10,6 +12,9 @@ use shoal_proto::{CollectionConfig, Error, PointId, Position, ShardId};
 use shoal_raft::cluster::ClusterState;
 
 use crate::http::context::Context;
+
+/// How long the cluster may take to say whether there is a collection that a node does not know.
+const FIND_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A collection that was looked up.
 #[derive(Clone, Debug)]
@@ -21,24 +26,36 @@ pub struct Found {
     /// Its shards.
     pub shards: Vec<ShardId>,
     /// The state that it was found in.
-    pub state: std::sync::Arc<ClusterState>,
+    pub state: Arc<ClusterState>,
 }
 
 impl Found {
     /// Finds a collection by name or alias.
     ///
     /// # Errors
-    /// Not found, in the words that Qdrant's clients look for.
-    pub fn find(cluster: &Cluster, name: &str) -> Result<Found, Error> {
-        let state = cluster.state();
-        let not_found = || Error::not_found(format!("Not found: Collection `{name}` doesn't exist!"));
-        let (name, collection) = state.collection(name).map_err(|_| not_found())?;
-        Ok(Found {
-            name: name.to_owned(),
-            config: collection.config.clone(),
-            shards: collection.shards.clone(),
-            state: state.clone(),
-        })
+    /// Not found, in the words that Qdrant's clients look for; unavailable when the cluster does
+    /// not answer.
+    pub async fn find(cluster: &Cluster, name: &str) -> Result<Found, Error> {
+        let found = Found::find_if_any(cluster, name).await?;
+        found.ok_or_else(|| Error::not_found(format!("Not found: Collection `{name}` doesn't exist!")))
+    }
+
+    /// Finds a collection by name or alias. One that this node does not know may only be news to
+    /// it: the cluster is asked before anybody hears that there is none.
+    ///
+    /// # Errors
+    /// Unavailable when the cluster does not answer.
+    pub async fn find_if_any(cluster: &Cluster, name: &str) -> Result<Option<Found>, Error> {
+        match Found::within(cluster.state(), name) {
+            None => Ok(Found::within(cluster.fresh_state(Instant::now() + FIND_TIMEOUT).await?, name)),
+            found => Ok(found),
+        }
+    }
+
+    fn within(state: Arc<ClusterState>, name: &str) -> Option<Found> {
+        let (name, collection) = state.collection(name).ok()?;
+        let (name, config, shards) = (name.to_owned(), collection.config.clone(), collection.shards.clone());
+        Some(Found { name, config, shards, state })
     }
 
     /// The shard that owns a point.

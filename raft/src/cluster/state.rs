@@ -4,7 +4,9 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use serde::{Deserialize, Serialize};
 use shoal_proto::collection::validate_name;
-use shoal_proto::{CollectionConfig, Error, ErrorCode, NodeId, PointId, RequestId, Route, ShardId};
+use shoal_proto::{
+    CollectionConfig, Error, ErrorCode, FieldType, NodeId, PointId, RequestId, Route, ShardId,
+};
 
 use super::placement;
 use super::{Addresses, Command, Response};
@@ -57,6 +59,9 @@ pub struct Shard {
     pub replicas: BTreeSet<NodeId>,
     /// The nodes that the group was started with: only these may initialise it.
     pub founders: BTreeSet<NodeId>,
+    /// The payload indexes that every replica begins with, whenever it begins; what has changed
+    /// since then is in the group's log.
+    pub first_indexes: BTreeMap<String, FieldType>,
 }
 
 /// Another name for a collection.
@@ -185,6 +190,14 @@ impl ClusterState {
         Response::NodeAdded(id)
     }
 
+    /// The shards that the node of that name holds or is to hold.
+    pub fn shards_of(&self, name: &str) -> Vec<ShardId> {
+        let Some((node, _)) = self.nodes.iter().find(|(_, known)| known.name == name) else {
+            return Vec::new();
+        };
+        self.shards.iter().filter(|(_, shard)| shard.replicas.contains(node)).map(|(id, _)| *id).collect()
+    }
+
     fn remove_node(&mut self, node: NodeId) -> Result<Response, Error> {
         if !self.nodes.contains_key(&node) {
             return Ok(Response::Absent);
@@ -227,8 +240,15 @@ impl ClusterState {
             let id = ShardId(self.last_shard);
             let replicas = placement::pick(self, &BTreeSet::new(), collection.replication_factor as usize);
             let (first, last) = nth_range(index, shard_count);
-            let founders = replicas.clone();
-            self.shards.insert(id, Shard { collection: name.clone(), first, last, replicas, founders });
+            let shard = Shard {
+                collection: name.clone(),
+                first,
+                last,
+                founders: replicas.clone(),
+                replicas,
+                first_indexes: collection.config.payload_indexes.clone(),
+            };
+            self.shards.insert(id, shard);
             collection.shards.push(id);
         }
         self.collections.insert(name, collection);

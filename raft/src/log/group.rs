@@ -12,6 +12,7 @@ use openraft::storage::{IOFlushed, RaftLogStorage};
 use openraft::{EntryPayload, LogState, OptionalSend, RaftLogReader};
 use parking_lot::Mutex;
 use shoal_proto::GroupId;
+use shoal_proto::planted::{Bug, is_planted};
 
 use super::record;
 use super::writer::{Change, Done, LogStore, Op};
@@ -109,6 +110,32 @@ impl GroupLog {
         }
         *log.state.lock() = state;
         Ok(log)
+    }
+
+    /// The index up to which entries were dropped.
+    pub(crate) fn purged(&self) -> u64 {
+        self.state.lock().purged.map_or(0, |id| id.index)
+    }
+
+    /// Makes the log fit a state that ends at `applied`, which may have been fetched from another
+    /// node: where the log holds another entry at that index, that entry and all after it were never
+    /// committed, and all before it are in the state.
+    pub(crate) async fn adopt(&mut self, applied: LogId) -> io::Result<()> {
+        if applied.index <= self.purged() {
+            return Ok(());
+        }
+        let found = self.try_get_log_entries(applied.index..=applied.index).await?;
+        if found.first().is_none_or(|entry| entry.log_id == applied) {
+            return Ok(());
+        }
+        tracing::warn!(
+            group = self.group,
+            index = applied.index,
+            "entries that were never committed are dropped"
+        );
+        let purged = self.state.lock().purged;
+        self.truncate_after(purged).await?;
+        self.purge(applied).await
     }
 
     /// Bytes of entries appended since the last purge (since the start, after a restart).
@@ -215,8 +242,10 @@ impl RaftLogStorage<TypeConfig> for GroupLog {
     }
 
     async fn save_vote(&mut self, vote: &VoteOf<TypeConfig>) -> Result<(), io::Error> {
-        let change = Change::Put { key: record::VOTE, value: record::to_bytes(vote) };
-        self.store.write_and_wait(self.group, change, true).await?;
+        if !is_planted(Bug::ForgottenVote) {
+            let change = Change::Put { key: record::VOTE, value: record::to_bytes(vote) };
+            self.store.write_and_wait(self.group, change, true).await?;
+        }
         self.state.lock().vote = Some(*vote);
         Ok(())
     }

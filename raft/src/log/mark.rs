@@ -143,7 +143,8 @@ impl Mark {
         Ok(())
     }
 
-    /// Notes what the files of moved entries hold, after raft-engine has synced them.
+    /// Notes what the files of moved entries hold. They are synced first: raft-engine does that for
+    /// entries it has moved, but not for the header of a file that holds none yet.
     pub(super) fn note_rewritten(&mut self) -> io::Result<()> {
         let mut files = BTreeMap::new();
         for entry in std::fs::read_dir(&self.dir)? {
@@ -163,6 +164,7 @@ impl Mark {
                 found.insert(name, known.clone());
                 continue;
             }
+            File::open(path)?.sync_all()?;
             let bytes = std::fs::read(path)?;
             // The newest file is longer than what was written to it: its end is zeros.
             let written = bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
@@ -211,8 +213,7 @@ fn read_slot(slot: &[u8]) -> Option<u64> {
 /// The error that a node must not start with: what is left of the log is not what was
 /// acknowledged, and a vote on its word could lose what a majority has.
 pub(super) fn damaged(what: &str) -> io::Error {
-    let advice = "this node must not vote with what is left of its log. If other nodes have its replicas, \
-                  move this data directory away and start again under the same name: the node gets a new \
-                  id and its replicas from the others. If there is no other node, restore a backup";
+    let advice = "this node must not vote with what is left of its log. If there is no other node, \
+                  restore a backup";
     io::Error::new(io::ErrorKind::InvalidData, format!("the Raft log is damaged ({what}): {advice}"))
 }

@@ -75,7 +75,7 @@ impl StoreBuilder<TypeConfig, GroupLog, Machine, TempDir> for Builder {
     async fn build(&self) -> Result<(TempDir, GroupLog, Machine), StorageError<TypeConfig>> {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let log = open(dir.path()).await;
-        let machine = Machine::new(Arc::new(Recorder::default()), dir.path()).expect("a fresh machine opens");
+        let machine = Machine::new(Arc::new(Recorder::default()), dir.path(), Default::default());
         Ok((dir, log, machine))
     }
 }
@@ -347,4 +347,27 @@ async fn entries_that_raft_engine_has_moved_are_marked_and_checked() {
     std::fs::write(&moved, bytes).expect("writable");
     let refused = LogStore::open(dir.path(), &config).err().expect("refused").to_string();
     assert!(refused.contains("is not what it was"), "{refused}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_log_is_made_to_fit_a_state_that_was_fetched() {
+    let id = LogIdOf::<TypeConfig>::new_term_index;
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    {
+        let mut log = open(dir.path()).await;
+        append(&mut log, (1..=10).map(|index| entry(1, index)).collect()).await;
+        // The same entry, and one that is not here yet: what is here may still be right.
+        for fits in [id(1, 4), id(2, 12)] {
+            log.adopt(fits).await.expect("adopted");
+            assert_eq!(indexes(&mut log).await.len(), 10);
+        }
+        // Another entry there: what is here was never committed from some index on.
+        log.adopt(id(2, 7)).await.expect("adopted");
+    }
+    let mut log = open(dir.path()).await;
+    let state = log.get_log_state().await.expect("readable");
+    assert_eq!((state.last_purged_log_id, state.last_log_id), (Some(id(2, 7)), Some(id(2, 7))));
+    assert_eq!(indexes(&mut log).await, []);
+    append(&mut log, vec![entry(2, 8)]).await;
+    assert_eq!(indexes(&mut log).await, [(2, 8)]);
 }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use openraft::storage::IOFlushed;
 use raft_engine::{Command, Config, Engine, LogBatch, ReadableSize};
 use shoal_proto::GroupId;
+use shoal_proto::planted::{Bug, crash_point, is_planted};
 use tokio::sync::oneshot;
 
 use super::GroupLog;
@@ -174,7 +175,12 @@ fn verify(engine: &Engine) -> io::Result<()> {
             let mut found = Vec::new();
             let read =
                 engine.fetch_entries_to::<Record>(group, next, last + 1, Some(VERIFY_BYTES), &mut found);
-            read.map_err(|error| mark::damaged(&format!("an entry of group {group}: {error}")))?;
+            read.map_err(|error| match error {
+                raft_engine::Error::Corruption(what) => {
+                    mark::damaged(&format!("an entry of group {group}: {what}"))
+                }
+                error => io::Error::other(error),
+            })?;
             for entry in &found {
                 record::unwrap(group, entry).map_err(|error| mark::damaged(&error.to_string()))?;
             }
@@ -259,11 +265,13 @@ impl Writer {
         if waiting.is_empty() {
             return;
         }
+        let sync = sync && !is_planted(Bug::AckBeforeSync);
         if sync {
             self.sequence += 1;
             let number = self.sequence.to_le_bytes().to_vec();
             put(batch, record::BATCHES, record::SEQUENCE, number);
         }
+        crash_point("log-unwritten");
         let started = Instant::now();
         // raft-engine panics when fdatasync fails, and reports other failures as errors: both
         // end the process, because what is on the disk is not known any more.
@@ -273,10 +281,12 @@ impl Writer {
             Ok(Err(error)) => fail(&error.to_string()),
             Err(_) => fail("fdatasync failed"),
         }
+        crash_point("log-synced");
         *batch = LogBatch::default();
         if sync {
             let sequence = self.sequence;
             self.marked(|mark| mark.note(sequence));
+            crash_point("log-marked");
             metrics::histogram!("shoal_raft_log_sync_seconds").record(started.elapsed());
             metrics::histogram!("shoal_raft_log_batch_operations").record(waiting.len() as f64);
         }

@@ -126,8 +126,7 @@ impl Load {
 
 /// The value below which a part of the times lies, by nearest rank; the times are in order.
 pub(super) fn percentile(times: &[Duration], part: f64) -> Duration {
-    let rank = (times.len() as f64 * part).ceil() as usize;
-    times.get(rank.max(1) - 1).or(times.last()).copied().unwrap_or_default()
+    crate::percentile(times, part).unwrap_or_default()
 }
 
 /// Median and 99th percentile in words; the times are in order.

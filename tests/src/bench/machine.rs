@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 
 /// The facts at the top of a report, with their names.
-pub(super) fn describe() -> Vec<(&'static str, String)> {
+pub fn describe() -> Vec<(&'static str, String)> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let cpu = line_of("/proc/cpuinfo", "model name").unwrap_or_else(|| "unknown CPU".into());
     let memory = line_of("/proc/meminfo", "MemTotal").unwrap_or_else(|| "unknown".into());

@@ -20,7 +20,7 @@ mod idle;
 mod ingest;
 mod load;
 mod loaded;
-mod machine;
+pub mod machine;
 mod memory;
 mod npy;
 mod process;
@@ -109,7 +109,7 @@ impl Section {
             Section::Restart => ("restart", 300),
             Section::Upsert => ("upsert", 90),
             Section::Cluster => ("cluster", 180),
-            Section::Failover => ("failover", 240),
+            Section::Failover => ("failover", 600),
             Section::Ingest => ("ingest", 240),
             Section::Idle => ("idle", 150),
         };
@@ -144,7 +144,7 @@ impl Pace {
             upsert: seconds(4, 2),
             write: seconds(20, 8),
             kills_under_load: if quick { 1 } else { 3 },
-            failovers: if quick { 5 } else { 20 },
+            failovers: if quick { 5 } else { 100 },
             documents: if quick { 40 } else { 200 },
             idle: seconds(10, 4),
         }

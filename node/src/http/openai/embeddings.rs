@@ -8,15 +8,17 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use shoal_actors::embed::TextKind;
 use shoal_proto::{EmbedderConfig, Error};
+use utoipa::ToSchema;
 
 use crate::app::App;
 use crate::http::context::json as read_json;
 use crate::http::error::OpenAiError;
+use crate::http::openapi::OpenAiAnswers;
 
 /// The most texts in one request.
 const MAX_INPUTS: usize = 2048;
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct CreateEmbeddings {
     model: String,
@@ -29,20 +31,26 @@ struct CreateEmbeddings {
     input_type: Option<InputType>,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 enum Encoding {
     Float,
     Base64,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 enum InputType {
     Query,
     Passage,
 }
 
+/// Embeds texts.
+#[utoipa::path(
+    post, path = "/v1/embeddings", operation_id = "create_embedding", tag = "documents",
+    request_body = CreateEmbeddings,
+    responses(OpenAiAnswers),
+)]
 pub(super) async fn create(State(app): State<App>, body: Bytes) -> Result<Json<Value>, OpenAiError> {
     let request: CreateEmbeddings = read_json(&body)?;
     let texts = inputs(&request.input)?;
@@ -101,11 +109,25 @@ fn inputs(input: &Value) -> Result<Vec<String>, Error> {
     }
 }
 
+/// The embedding models of this node.
+#[utoipa::path(
+    get,
+    path = "/v1/models",
+    operation_id = "list_models",
+    tag = "documents",
+    responses(OpenAiAnswers)
+)]
 pub(super) async fn list_models(State(app): State<App>) -> Result<Json<Value>, OpenAiError> {
     let models: Vec<Value> = app.running()?.work.embedders().list().iter().map(model).collect();
     Ok(Json(json!({"object": "list", "data": models})))
 }
 
+/// One embedding model.
+#[utoipa::path(
+    get, path = "/v1/models/{model}", operation_id = "retrieve_model", tag = "documents",
+    params(("model" = String, Path)),
+    responses(OpenAiAnswers),
+)]
 pub(super) async fn get_model(
     State(app): State<App>,
     Path(name): Path<String>,

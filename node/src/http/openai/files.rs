@@ -17,6 +17,7 @@ use super::page::{PageQuery, page};
 use crate::app::App;
 use crate::http::context::{Context, position_header};
 use crate::http::error::OpenAiError;
+use crate::http::openapi::{OpenAiAnswers, UploadForm};
 use crate::http::points::{Found, ask_all};
 
 const PURPOSES: [&str; 8] = [
@@ -36,7 +37,7 @@ const MAX_FIELDS: usize = 16;
 
 /// The files collection, made when it is needed first.
 pub(super) async fn files(cluster: &Cluster, context: &Context) -> Result<Found, Error> {
-    if let Ok(found) = Found::find(cluster, FILES_COLLECTION) {
+    if let Some(found) = Found::find_if_any(cluster, FILES_COLLECTION).await? {
         return Ok(found);
     }
     let command = cluster::Command::CreateCollection {
@@ -53,7 +54,7 @@ pub(super) async fn files(cluster: &Cluster, context: &Context) -> Result<Found,
         Ok(_) | Err(_) => {}
     }
     cluster.wait_state(context.deadline, |state| state.collections.contains_key(FILES_COLLECTION)).await?;
-    Found::find(cluster, FILES_COLLECTION)
+    Found::find(cluster, FILES_COLLECTION).await
 }
 
 fn shard_of(found: &Found, id: DocumentId) -> ShardId {
@@ -68,7 +69,7 @@ pub(super) fn file_id(text: &str) -> Result<DocumentId, Error> {
 /// A file's record.
 pub(super) async fn find(cluster: &Cluster, id: DocumentId, context: &Context) -> Result<FileRecord, Error> {
     let missing = || Error::not_found(format!("no such file: {id}"));
-    let found = Found::find(cluster, FILES_COLLECTION).map_err(|_| missing())?;
+    let found = Found::find_if_any(cluster, FILES_COLLECTION).await?.ok_or_else(missing)?;
     let (answer, _) =
         cluster.read_hedged(shard_of(&found, id), Read::GetFile(id), &context.read_options()).await?;
     match answer {
@@ -84,6 +85,13 @@ struct Form {
     id: Option<DocumentId>,
 }
 
+/// Uploads a file; its bytes are on disk on a majority when answered.
+#[utoipa::path(
+    post, path = "/v1/files", operation_id = "create_file", tag = "documents",
+    params(Context),
+    request_body(content = UploadForm, content_type = "multipart/form-data"),
+    responses(OpenAiAnswers),
+)]
 pub(super) async fn create(
     State(app): State<App>,
     context: Context,
@@ -185,6 +193,15 @@ pub(super) fn shape(file: &FileRecord) -> Value {
     })
 }
 
+/// The files.
+#[utoipa::path(
+    get,
+    path = "/v1/files",
+    operation_id = "list_files",
+    tag = "documents",
+    params(PageQuery, Context),
+    responses(OpenAiAnswers)
+)]
 pub(super) async fn list(
     State(app): State<App>,
     Query(query): Query<PageQuery>,
@@ -192,7 +209,7 @@ pub(super) async fn list(
 ) -> Result<Json<Value>, OpenAiError> {
     let cluster = &app.running()?.cluster;
     let mut items = Vec::new();
-    if let Ok(found) = Found::find(cluster, FILES_COLLECTION) {
+    if let Some(found) = Found::find_if_any(cluster, FILES_COLLECTION).await? {
         for answer in ask_all(cluster, &found, &Read::ListFiles, &context).await?.answers {
             if let Answer::Files(files) = answer {
                 let wanted = files
@@ -205,6 +222,12 @@ pub(super) async fn list(
     Ok(Json(page(items, &query, 10_000, 10_000)?))
 }
 
+/// The record of a file.
+#[utoipa::path(
+    get, path = "/v1/files/{file}", operation_id = "retrieve_file", tag = "documents",
+    params(("file" = String, Path, description = "Id of the file"), Context),
+    responses(OpenAiAnswers),
+)]
 pub(super) async fn get(
     State(app): State<App>,
     Path(file): Path<String>,
@@ -214,6 +237,12 @@ pub(super) async fn get(
     Ok(Json(shape(&file)))
 }
 
+/// The bytes of a file.
+#[utoipa::path(
+    get, path = "/v1/files/{file}/content", operation_id = "download_file", tag = "documents",
+    params(("file" = String, Path, description = "Id of the file"), Context),
+    responses(OpenAiAnswers),
+)]
 pub(super) async fn content(
     State(app): State<App>,
     Path(file): Path<String>,
@@ -221,11 +250,17 @@ pub(super) async fn content(
 ) -> Result<Response, OpenAiError> {
     let running = app.running()?;
     let file = find(&running.cluster, file_id(&file)?, &context).await?;
-    let found = Found::find(&running.cluster, FILES_COLLECTION)?;
+    let found = Found::find(&running.cluster, FILES_COLLECTION).await?;
     let bytes = blobs::fetch(&running.cluster, &running.blobs, shard_of(&found, file.id), file.blob).await?;
     Ok(([(header::CONTENT_TYPE, "application/octet-stream")], Body::from(bytes)).into_response())
 }
 
+/// Deletes a file. Documents that were made from it stay.
+#[utoipa::path(
+    delete, path = "/v1/files/{file}", operation_id = "delete_file", tag = "documents",
+    params(("file" = String, Path, description = "Id of the file"), Context),
+    responses(OpenAiAnswers),
+)]
 pub(super) async fn delete(
     State(app): State<App>,
     Path(file): Path<String>,
@@ -234,7 +269,7 @@ pub(super) async fn delete(
     let cluster = &app.running()?.cluster;
     let id = file_id(&file)?;
     let record = find(cluster, id, &context).await?;
-    let found = Found::find(cluster, FILES_COLLECTION)?;
+    let found = Found::find(cluster, FILES_COLLECTION).await?;
     // Documents made of the file go with it, in every store.
     let state = cluster.state();
     let stores = state.collections.values().filter(|collection| collection.config.embedder.is_some());

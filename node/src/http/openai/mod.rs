@@ -8,28 +8,24 @@ mod page;
 mod store_files;
 mod stores;
 
-use axum::Router;
 use axum::extract::DefaultBodyLimit;
-use axum::routing::{get, post};
+use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouterExt};
 
 use crate::app::App;
 
 /// The routes. Uploads have a limit of their own.
-pub fn routes(upload_bytes: usize) -> Router<App> {
-    Router::new()
-        .route("/v1/files", post(files::create).get(files::list).layer(DefaultBodyLimit::max(upload_bytes)))
-        .route("/v1/files/{file}", get(files::get).delete(files::delete))
-        .route("/v1/files/{file}/content", get(files::content))
-        .route("/v1/vector_stores", post(stores::create).get(stores::list))
-        .route("/v1/vector_stores/{store}", get(stores::get).post(stores::update).delete(stores::delete))
-        .route("/v1/vector_stores/{store}/search", post(stores::search))
-        .route("/v1/vector_stores/{store}/files", post(store_files::create).get(store_files::list))
-        .route(
-            "/v1/vector_stores/{store}/files/{file}",
-            get(store_files::get).post(store_files::update).delete(store_files::delete),
-        )
-        .route("/v1/vector_stores/{store}/files/{file}/content", get(store_files::content))
-        .route("/v1/embeddings", post(embeddings::create))
-        .route("/v1/models", get(embeddings::list_models))
-        .route("/v1/models/{model}", get(embeddings::get_model))
+pub fn routes(upload_bytes: usize) -> OpenApiRouter<App> {
+    OpenApiRouter::new()
+        .routes(described!(files::create, files::list).layer(DefaultBodyLimit::max(upload_bytes)))
+        .routes(described!(files::get, files::delete))
+        .routes(described!(files::content))
+        .routes(described!(stores::create, stores::list))
+        .routes(described!(stores::get, stores::update, stores::delete))
+        .routes(described!(stores::search))
+        .routes(described!(store_files::create, store_files::list))
+        .routes(described!(store_files::get, store_files::update, store_files::delete))
+        .routes(described!(store_files::content))
+        .routes(described!(embeddings::create))
+        .routes(described!(embeddings::list_models))
+        .routes(described!(embeddings::get_model))
 }

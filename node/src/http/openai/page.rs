@@ -3,9 +3,11 @@
 use serde::Deserialize;
 use serde_json::{Value, json};
 use shoal_proto::Error;
+use utoipa::IntoParams;
 
 /// The query of a list.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 pub struct PageQuery {
     /// Items after this one.
     pub after: Option<String>,

@@ -8,6 +8,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use shoal_engine::command::{Answer, Command, Document, DocumentState, Outcome, Read, Stage};
 use shoal_proto::{ChunkerConfig, DocumentId, Error, Position, ShardId};
+use utoipa::ToSchema;
 
 use super::files;
 use super::page::{PageQuery, page};
@@ -15,7 +16,9 @@ use super::stores::{self, MAX_PAIRS};
 use crate::app::App;
 use crate::http::context::{Context, json as read_json, position_header};
 use crate::http::error::OpenAiError;
+use crate::http::openapi::OpenAiAnswers;
 use crate::http::points::{Found, ask_all};
+use crate::http::unique;
 
 /// The longest attribute key, in bytes.
 const MAX_KEY_BYTES: usize = 64;
@@ -24,14 +27,24 @@ const MAX_VALUE_CHARS: usize = 512;
 /// What a polling client is told to wait, in milliseconds.
 const POLL_MS: &str = "250";
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct CreateStoreFile {
     file_id: String,
+    #[serde(default, deserialize_with = "unique::object")]
+    #[schema(value_type = Option<Object>)]
     attributes: Option<Map<String, Value>>,
+    #[serde(default, deserialize_with = "unique::value")]
     chunking_strategy: Option<Value>,
 }
 
+/// Attaches a file: it is parsed, chunked, embedded and published in the background.
+#[utoipa::path(
+    post, path = "/v1/vector_stores/{store}/files", operation_id = "create_vector_store_file", tag = "documents",
+    params(("store" = String, Path, description = "Id of the vector store"), Context),
+    request_body = CreateStoreFile,
+    responses(OpenAiAnswers),
+)]
 pub(super) async fn create(
     State(app): State<App>,
     Path(store): Path<String>,
@@ -39,7 +52,7 @@ pub(super) async fn create(
     body: Bytes,
 ) -> Result<Response, OpenAiError> {
     let request: CreateStoreFile = read_json(&body)?;
-    let found = stores::find(&app, &store)?;
+    let found = stores::find(&app, &store).await?;
     let chunker =
         chunker(request.chunking_strategy.as_ref())?.unwrap_or_else(|| stores::store_chunker(&found.config));
     let (document, position) =
@@ -199,24 +212,36 @@ async fn find(
     }
 }
 
+/// State and attributes of an attached file.
+#[utoipa::path(
+    get, path = "/v1/vector_stores/{store}/files/{file}", operation_id = "get_vector_store_file", tag = "documents",
+    params(("store" = String, Path, description = "Id of the vector store"), ("file" = String, Path, description = "Id of the file"), Context),
+    responses(OpenAiAnswers),
+)]
 pub(super) async fn get(
     State(app): State<App>,
     Path((store, file)): Path<(String, String)>,
     context: Context,
 ) -> Result<Response, OpenAiError> {
-    let found = stores::find(&app, &store)?;
+    let found = stores::find(&app, &store).await?;
     let (document, position) = find(&app, &found, files::file_id(&file)?, &context).await?;
     let headers = [("openai-poll-after-ms", POLL_MS)];
     Ok((position_header(&position), headers, Json(shape(&document, &store))).into_response())
 }
 
+/// The files of a store.
+#[utoipa::path(
+    get, path = "/v1/vector_stores/{store}/files", operation_id = "list_vector_store_files", tag = "documents",
+    params(("store" = String, Path, description = "Id of the vector store"), PageQuery, Context),
+    responses(OpenAiAnswers),
+)]
 pub(super) async fn list(
     State(app): State<App>,
     Path(store): Path<String>,
     Query(query): Query<PageQuery>,
     context: Context,
 ) -> Result<Json<Value>, OpenAiError> {
-    let found = stores::find(&app, &store)?;
+    let found = stores::find(&app, &store).await?;
     let state = match query.filter.as_deref() {
         None => None,
         Some("in_progress") => Some(DocumentState::InProgress),
@@ -243,12 +268,21 @@ pub(super) async fn list(
     Ok(Json(page(items, &query, 100, 20)?))
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct UpdateStoreFile {
+    #[serde(default, deserialize_with = "unique::object")]
+    #[schema(value_type = Option<Object>)]
     attributes: Option<Map<String, Value>>,
 }
 
+/// Replaces the attributes of an attached file.
+#[utoipa::path(
+    post, path = "/v1/vector_stores/{store}/files/{file}", operation_id = "update_vector_store_file_attributes", tag = "documents",
+    params(("store" = String, Path, description = "Id of the vector store"), ("file" = String, Path, description = "Id of the file"), Context),
+    request_body = UpdateStoreFile,
+    responses(OpenAiAnswers),
+)]
 pub(super) async fn update(
     State(app): State<App>,
     Path((store, file)): Path<(String, String)>,
@@ -256,7 +290,7 @@ pub(super) async fn update(
     body: Bytes,
 ) -> Result<Json<Value>, OpenAiError> {
     let request: UpdateStoreFile = read_json(&body)?;
-    let found = stores::find(&app, &store)?;
+    let found = stores::find(&app, &store).await?;
     let id = files::file_id(&file)?;
     let attributes = checked_attributes(request.attributes)?;
     let command = Command::SetAttributes { id, attributes };
@@ -266,12 +300,18 @@ pub(super) async fn update(
     Ok(Json(shape(&document(outcome)?, &store)))
 }
 
+/// Detaches a file: its chunks go, the file stays.
+#[utoipa::path(
+    delete, path = "/v1/vector_stores/{store}/files/{file}", operation_id = "delete_vector_store_file", tag = "documents",
+    params(("store" = String, Path, description = "Id of the vector store"), ("file" = String, Path, description = "Id of the file"), Context),
+    responses(OpenAiAnswers),
+)]
 pub(super) async fn delete(
     State(app): State<App>,
     Path((store, file)): Path<(String, String)>,
     context: Context,
 ) -> Result<Json<Value>, OpenAiError> {
-    let found = stores::find(&app, &store)?;
+    let found = stores::find(&app, &store).await?;
     let id = files::file_id(&file)?;
     let cluster = &app.running()?.cluster;
     let (outcome, _) = cluster
@@ -281,12 +321,18 @@ pub(super) async fn delete(
     Ok(Json(json!({"id": file, "object": "vector_store.file.deleted", "deleted": true})))
 }
 
+/// The parsed text of an attached file.
+#[utoipa::path(
+    get, path = "/v1/vector_stores/{store}/files/{file}/content", operation_id = "retrieve_vector_store_file_content", tag = "documents",
+    params(("store" = String, Path, description = "Id of the vector store"), ("file" = String, Path, description = "Id of the file"), Context),
+    responses(OpenAiAnswers),
+)]
 pub(super) async fn content(
     State(app): State<App>,
     Path((store, file)): Path<(String, String)>,
     context: Context,
 ) -> Result<Json<Value>, OpenAiError> {
-    let found = stores::find(&app, &store)?;
+    let found = stores::find(&app, &store).await?;
     let id = files::file_id(&file)?;
     find(&app, &found, id, &context).await?;
     let cluster = &app.running()?.cluster;

@@ -11,6 +11,7 @@ use shoal_actors::search::{self, RRF_K};
 use shoal_engine::command::{Answer, Hit, Leg, Read, Search, Select, Stats};
 use shoal_proto::{ChunkerConfig, CollectionConfig, Distance, Error, FieldType, VectorParams};
 use shoal_raft::cluster::{Command, Response as ControlResponse};
+use utoipa::ToSchema;
 use uuid::Uuid;
 
 use super::filters;
@@ -19,8 +20,10 @@ use super::store_files;
 use crate::app::App;
 use crate::http::context::{Context, json as read_json, position_header};
 use crate::http::error::OpenAiError;
+use crate::http::openapi::OpenAiAnswers;
 use crate::http::points::{Found, ask_all};
 use crate::http::qdrant::create_and_wait;
+use crate::http::unique;
 
 /// The prefix of a store's id.
 pub const PREFIX: &str = "vs_";
@@ -31,14 +34,17 @@ const MAX_RESULTS: u64 = 50;
 /// Candidates of each list before they are fused.
 const CANDIDATES: usize = 100;
 
-#[derive(Default, Deserialize)]
+#[derive(Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct CreateStore {
     name: Option<String>,
     description: Option<String>,
     file_ids: Option<Vec<String>>,
+    #[serde(default, deserialize_with = "unique::object")]
+    #[schema(value_type = Option<Object>)]
     metadata: Option<Map<String, Value>>,
     expires_after: Option<ExpiresAfter>,
+    #[serde(default, deserialize_with = "unique::value")]
     chunking_strategy: Option<Value>,
     /// The embedding model: an extension.
     embedding_model: Option<String>,
@@ -48,7 +54,7 @@ struct CreateStore {
     replication_factor: Option<u32>,
 }
 
-#[derive(Clone, Deserialize)]
+#[derive(Clone, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct ExpiresAfter {
     anchor: String,
@@ -70,15 +76,19 @@ fn attributes(config: &CollectionConfig) -> Attributes {
 }
 
 /// A store by its id.
-pub(super) fn find(app: &App, store: &str) -> Result<Found, Error> {
+pub(super) async fn find(app: &App, store: &str) -> Result<Found, Error> {
     let missing = || Error::not_found(format!("no such vector store: {store}"));
-    let found = Found::find(&app.running()?.cluster, store).map_err(|_| missing())?;
-    match found.config.embedder.is_some() {
-        true => Ok(found),
-        false => Err(missing()),
-    }
+    let found = Found::find_if_any(&app.running()?.cluster, store).await?;
+    found.filter(|found| found.config.embedder.is_some()).ok_or_else(missing)
 }
 
+/// Creates a vector store.
+#[utoipa::path(
+    post, path = "/v1/vector_stores", operation_id = "create_vector_store", tag = "documents",
+    params(Context),
+    request_body = CreateStore,
+    responses(OpenAiAnswers),
+)]
 pub(super) async fn create(
     State(app): State<App>,
     context: Context,
@@ -113,7 +123,7 @@ pub(super) async fn create(
         created_at: shoal_actors::cluster::unix_now(),
     };
     create_and_wait(&running.cluster, command, &store, &context).await?;
-    let found = find(&app, &store)?;
+    let found = find(&app, &store).await?;
     for file in request.file_ids.unwrap_or_default() {
         store_files::attach(&app, &found, &file, None, chunker, &context).await?;
     }
@@ -164,6 +174,15 @@ async fn shape(app: &App, found: &Found, context: &Context) -> Result<Value, Err
     }))
 }
 
+/// The vector stores.
+#[utoipa::path(
+    get,
+    path = "/v1/vector_stores",
+    operation_id = "list_vector_stores",
+    tag = "documents",
+    params(PageQuery, Context),
+    responses(OpenAiAnswers)
+)]
 pub(super) async fn list(
     State(app): State<App>,
     Query(query): Query<PageQuery>,
@@ -181,30 +200,45 @@ pub(super) async fn list(
     let mut cut = page(items, &query, 100, 20)?;
     if let Some(data) = cut["data"].as_array_mut() {
         for item in data {
-            let found = find(&app, item["id"].as_str().unwrap_or_default())?;
+            let found = find(&app, item["id"].as_str().unwrap_or_default()).await?;
             *item = shape(&app, &found, &context).await?;
         }
     }
     Ok(Json(cut))
 }
 
+/// A vector store and the counts of its files.
+#[utoipa::path(
+    get, path = "/v1/vector_stores/{store}", operation_id = "get_vector_store", tag = "documents",
+    params(("store" = String, Path, description = "Id of the vector store"), Context),
+    responses(OpenAiAnswers),
+)]
 pub(super) async fn get(
     State(app): State<App>,
     Path(store): Path<String>,
     context: Context,
 ) -> Result<Json<Value>, OpenAiError> {
-    let found = find(&app, &store)?;
+    let found = find(&app, &store).await?;
     Ok(Json(shape(&app, &found, &context).await?))
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct UpdateStore {
     name: Option<String>,
+    #[serde(default, deserialize_with = "unique::object")]
+    #[schema(value_type = Option<Object>)]
     metadata: Option<Map<String, Value>>,
     expires_after: Option<ExpiresAfter>,
 }
 
+/// Changes name and metadata of a store.
+#[utoipa::path(
+    post, path = "/v1/vector_stores/{store}", operation_id = "modify_vector_store", tag = "documents",
+    params(("store" = String, Path, description = "Id of the vector store"), Context),
+    request_body = UpdateStore,
+    responses(OpenAiAnswers),
+)]
 pub(super) async fn update(
     State(app): State<App>,
     Path(store): Path<String>,
@@ -212,7 +246,7 @@ pub(super) async fn update(
     body: Bytes,
 ) -> Result<Json<Value>, OpenAiError> {
     let request: UpdateStore = read_json(&body)?;
-    let found = find(&app, &store)?;
+    let found = find(&app, &store).await?;
     let mut kept = attributes(&found.config);
     if let Some(name) = request.name {
         kept.name = name;
@@ -235,16 +269,22 @@ pub(super) async fn update(
             .is_none_or(|collection| collection.config.attributes_json == attributes_json)
     };
     cluster.wait_state(context.deadline, is_there).await?;
-    let found = find(&app, &store)?;
+    let found = find(&app, &store).await?;
     Ok(Json(shape(&app, &found, &context).await?))
 }
 
+/// Deletes a store with its documents. The files stay.
+#[utoipa::path(
+    delete, path = "/v1/vector_stores/{store}", operation_id = "delete_vector_store", tag = "documents",
+    params(("store" = String, Path, description = "Id of the vector store"), Context),
+    responses(OpenAiAnswers),
+)]
 pub(super) async fn delete(
     State(app): State<App>,
     Path(store): Path<String>,
     context: Context,
 ) -> Result<Json<Value>, OpenAiError> {
-    let found = find(&app, &store)?;
+    let found = find(&app, &store).await?;
     let cluster = &app.running()?.cluster;
     let command = Command::DeleteCollection { request_id: context.request_id, name: found.name.clone() };
     let response = cluster.control(command, context.deadline).await?;
@@ -253,10 +293,11 @@ pub(super) async fn delete(
     Ok(Json(json!({"id": store, "object": "vector_store.deleted", "deleted": deleted})))
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct SearchStore {
     query: Value,
+    #[serde(default, deserialize_with = "unique::value")]
     filters: Option<Value>,
     max_num_results: Option<u64>,
     ranking_options: Option<RankingOptions>,
@@ -265,13 +306,20 @@ struct SearchStore {
     _rewrite_query: Option<bool>,
 }
 
-#[derive(Default, Deserialize)]
+#[derive(Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct RankingOptions {
     ranker: Option<String>,
     score_threshold: Option<f32>,
 }
 
+/// Finds chunks by meaning and words: dense and BM25, fused.
+#[utoipa::path(
+    post, path = "/v1/vector_stores/{store}/search", operation_id = "search_vector_store", tag = "documents",
+    params(("store" = String, Path, description = "Id of the vector store"), Context),
+    request_body = SearchStore,
+    responses(OpenAiAnswers),
+)]
 pub(super) async fn search(
     State(app): State<App>,
     Path(store): Path<String>,
@@ -279,7 +327,7 @@ pub(super) async fn search(
     body: Bytes,
 ) -> Result<Response, OpenAiError> {
     let request: SearchStore = read_json(&body)?;
-    let found = find(&app, &store)?;
+    let found = find(&app, &store).await?;
     let queries = queries(&request.query)?;
     let limit = request.max_num_results.unwrap_or(10);
     if !(1..=MAX_RESULTS).contains(&limit) {

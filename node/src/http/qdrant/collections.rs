@@ -12,16 +12,20 @@ use shoal_actors::Cluster;
 use shoal_engine::command::{self, Answer, Read, Stats};
 use shoal_proto::{CollectionConfig, Distance, Error, FieldType, GraphType, Position, VectorParams};
 use shoal_raft::cluster::{Command, Response as ControlResponse};
+use utoipa::ToSchema;
 
 use super::shapes::envelope;
 use crate::app::App;
 use crate::http::context::{Context, json};
 use crate::http::error::QdrantError;
+use crate::http::openapi::QdrantAnswers;
 use crate::http::points::{Found, ask_all, write_parts};
+use crate::http::unique;
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct CreateCollection {
+    #[serde(default, deserialize_with = "unique::value")]
     vectors: Option<Value>,
     shard_number: Option<u32>,
     replication_factor: Option<u32>,
@@ -43,10 +47,11 @@ struct CreateCollection {
     sharding_method: Option<Value>,
     init_from: Option<Value>,
     strict_mode_config: Option<Value>,
+    #[serde(default, deserialize_with = "unique::value")]
     metadata: Option<Value>,
 }
 
-#[derive(Clone, Copy, Default, Deserialize)]
+#[derive(Clone, Copy, Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct HnswConfig {
     m: Option<usize>,
@@ -61,10 +66,11 @@ struct HnswConfig {
     _payload_m: Option<u64>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct VectorShape {
     size: usize,
+    #[schema(value_type = String)]
     distance: Distance,
     datatype: Option<Datatype>,
     hnsw_config: Option<HnswConfig>,
@@ -74,13 +80,20 @@ struct VectorShape {
     multivector_config: Option<Value>,
 }
 
-#[derive(Clone, Copy, Deserialize)]
+#[derive(Clone, Copy, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 enum Datatype {
     Float32,
     Float16,
 }
 
+/// Creates a collection and waits until its shards answer.
+#[utoipa::path(
+    put, path = "/collections/{collection}", operation_id = "create_collection", tag = "points",
+    params(("collection" = String, Path, description = "Name or alias"), Context),
+    request_body = CreateCollection,
+    responses(QdrantAnswers),
+)]
 pub(super) async fn create(
     State(app): State<App>,
     Path(name): Path<String>,
@@ -124,7 +137,7 @@ pub(in crate::http) async fn create_and_wait(
         error
     })?;
     cluster.wait_state(context.deadline, |state| state.collections.contains_key(name)).await?;
-    let found = Found::find(cluster, name)?;
+    let found = Found::find(cluster, name).await?;
     ask_all(cluster, &found, &Read::Stats, context).await.map(drop)
 }
 
@@ -207,6 +220,14 @@ fn vector_params(
     Ok(params)
 }
 
+/// Names of all collections.
+#[utoipa::path(
+    get,
+    path = "/collections",
+    operation_id = "list_collections",
+    tag = "points",
+    responses(QdrantAnswers)
+)]
 pub(super) async fn list(State(app): State<App>) -> Result<Response, QdrantError> {
     let started = Instant::now();
     let state = app.running()?.cluster.state();
@@ -219,14 +240,26 @@ pub(super) async fn list(State(app): State<App>) -> Result<Response, QdrantError
     Ok(envelope(json!({"collections": names}), started, &Position::default()))
 }
 
+/// Whether a collection exists.
+#[utoipa::path(
+    get, path = "/collections/{collection}/exists", operation_id = "collection_exists", tag = "points",
+    params(("collection" = String, Path, description = "Name or alias")),
+    responses(QdrantAnswers),
+)]
 pub(super) async fn exists(
     State(app): State<App>,
     Path(name): Path<String>,
 ) -> Result<Response, QdrantError> {
-    let exists = app.running()?.cluster.state().collection(&name).is_ok();
+    let exists = Found::find_if_any(&app.running()?.cluster, &name).await?.is_some();
     Ok(envelope(json!({"exists": exists}), Instant::now(), &Position::default()))
 }
 
+/// Schema, size and state of a collection.
+#[utoipa::path(
+    get, path = "/collections/{collection}", operation_id = "get_collection", tag = "points",
+    params(("collection" = String, Path, description = "Name or alias"), Context),
+    responses(QdrantAnswers),
+)]
 pub(super) async fn get(
     State(app): State<App>,
     Path(name): Path<String>,
@@ -234,7 +267,7 @@ pub(super) async fn get(
 ) -> Result<Response, QdrantError> {
     let started = Instant::now();
     let cluster = &app.running()?.cluster;
-    let found = Found::find(cluster, &name)?;
+    let found = Found::find(cluster, &name).await?;
     let gathered = ask_all(cluster, &found, &Read::Stats, &context).await?;
     let mut sum = Stats::default();
     for answer in &gathered.answers {
@@ -293,6 +326,12 @@ fn vectors_shape(config: &CollectionConfig) -> Value {
     }
 }
 
+/// Deletes a collection with all its points.
+#[utoipa::path(
+    delete, path = "/collections/{collection}", operation_id = "delete_collection", tag = "points",
+    params(("collection" = String, Path, description = "Name or alias"), Context),
+    responses(QdrantAnswers),
+)]
 pub(super) async fn delete(
     State(app): State<App>,
     Path(name): Path<String>,
@@ -307,13 +346,20 @@ pub(super) async fn delete(
     Ok(envelope(response != ControlResponse::Absent, started, &Position::default()))
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct CreateIndex {
     field_name: String,
     field_schema: Value,
 }
 
+/// Creates an index on a payload field.
+#[utoipa::path(
+    put, path = "/collections/{collection}/index", operation_id = "create_field_index", tag = "points",
+    params(("collection" = String, Path, description = "Name or alias"), Context),
+    request_body = CreateIndex,
+    responses(QdrantAnswers),
+)]
 pub(super) async fn create_index(
     State(app): State<App>,
     Path(name): Path<String>,
@@ -337,6 +383,12 @@ pub(super) async fn create_index(
     set_index(&app, &name, request.field_name, Some(index), &context).await
 }
 
+/// Deletes the index on a payload field.
+#[utoipa::path(
+    delete, path = "/collections/{collection}/index/{field}", operation_id = "delete_field_index", tag = "points",
+    params(("collection" = String, Path, description = "Name or alias"), ("field" = String, Path, description = "Path of the payload field"), Context),
+    responses(QdrantAnswers),
+)]
 pub(super) async fn delete_index(
     State(app): State<App>,
     Path((name, field)): Path<(String, String)>,
@@ -356,7 +408,7 @@ async fn set_index(
 ) -> Result<Response, QdrantError> {
     let started = Instant::now();
     let cluster = &app.running()?.cluster;
-    let found = Found::find(cluster, name)?;
+    let found = Found::find(cluster, name).await?;
     let command = Command::SetPayloadIndex { name: found.name.clone(), field: field.clone(), index };
     cluster.control(command, context.deadline).await?;
     let parts = found
@@ -376,13 +428,13 @@ fn field_type_name(kind: FieldType) -> &'static str {
     }
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct ChangeAliases {
     actions: Vec<AliasAction>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 enum AliasAction {
     #[serde(rename = "create_alias")]
     Create { collection_name: String, alias_name: String },
@@ -392,6 +444,13 @@ enum AliasAction {
     Rename { old_alias_name: String, new_alias_name: String },
 }
 
+/// Creates, deletes and renames aliases, all or none.
+#[utoipa::path(
+    post, path = "/collections/aliases", operation_id = "update_aliases", tag = "points",
+    params(Context),
+    request_body = ChangeAliases,
+    responses(QdrantAnswers),
+)]
 pub(super) async fn change_aliases(
     State(app): State<App>,
     context: Context,
@@ -425,10 +484,24 @@ pub(super) async fn change_aliases(
     Ok(envelope(true, started, &Position::default()))
 }
 
+/// All aliases.
+#[utoipa::path(
+    get,
+    path = "/aliases",
+    operation_id = "get_aliases",
+    tag = "points",
+    responses(QdrantAnswers)
+)]
 pub(super) async fn list_aliases(State(app): State<App>) -> Result<Response, QdrantError> {
     aliases(&app, None)
 }
 
+/// Aliases of one collection.
+#[utoipa::path(
+    get, path = "/collections/{collection}/aliases", operation_id = "get_collection_aliases", tag = "points",
+    params(("collection" = String, Path, description = "Name or alias")),
+    responses(QdrantAnswers),
+)]
 pub(super) async fn collection_aliases(
     State(app): State<App>,
     Path(name): Path<String>,

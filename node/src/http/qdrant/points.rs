@@ -10,17 +10,20 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use shoal_engine::command::{Answer, Command, Hit, PayloadMode, Point, Read, Select, Target};
 use shoal_proto::{Error, PointId, Position};
+use utoipa::ToSchema;
 
 use super::shapes::{self, envelope};
 use crate::app::App;
 use crate::http::context::{Context, json};
 use crate::http::error::QdrantError;
+use crate::http::openapi::{PointIdShape, QdrantAnswers};
 use crate::http::points::{self, Found, ask_all, write_target};
+use crate::http::unique;
 
 /// The most points in one upsert.
 const MAX_POINTS: usize = 10_000;
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct Upsert {
     points: Option<Vec<PointShape>>,
@@ -29,22 +32,37 @@ struct Upsert {
     update_filter: Option<Value>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct PointShape {
+    #[schema(value_type = PointIdShape)]
     id: PointId,
+    #[serde(deserialize_with = "unique::required_value")]
     vector: Value,
+    #[serde(default, deserialize_with = "unique::object")]
+    #[schema(value_type = Option<Object>)]
     payload: Option<Map<String, Value>>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct Batch {
+    #[schema(value_type = Vec<PointIdShape>)]
     ids: Vec<PointId>,
+    #[serde(deserialize_with = "unique::required_value")]
     vectors: Value,
+    #[serde(default, deserialize_with = "unique::objects")]
+    #[schema(value_type = Option<Vec<Object>>)]
     payloads: Option<Vec<Option<Map<String, Value>>>>,
 }
 
+/// Inserts points or replaces those with the same ids; on disk on a majority when answered.
+#[utoipa::path(
+    put, path = "/collections/{collection}/points", operation_id = "upsert_points", tag = "points",
+    params(("collection" = String, Path, description = "Name or alias"), Context),
+    request_body = Upsert,
+    responses(QdrantAnswers),
+)]
 pub(super) async fn upsert(
     State(app): State<App>,
     Path(name): Path<String>,
@@ -73,7 +91,7 @@ pub(super) async fn upsert(
         upserted.push(Point { id: point.id, vectors, payload });
     }
     let cluster = &app.running()?.cluster;
-    let found = Found::find(cluster, &name)?;
+    let found = Found::find(cluster, &name).await?;
     let position = points::upsert(cluster, &found, upserted, &context).await?;
     Ok(updated(started, &position))
 }
@@ -107,9 +125,10 @@ fn updated(started: Instant, position: &Position) -> Response {
     envelope(json!({"operation_id": 0, "status": "completed"}), started, position)
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct Retrieve {
+    #[schema(value_type = Vec<PointIdShape>)]
     ids: Vec<PointId>,
     with_payload: Option<Value>,
     with_vector: Option<Value>,
@@ -117,6 +136,13 @@ struct Retrieve {
     _shard_key: Option<Value>,
 }
 
+/// Points by their ids.
+#[utoipa::path(
+    post, path = "/collections/{collection}/points", operation_id = "get_points", tag = "points",
+    params(("collection" = String, Path, description = "Name or alias"), Context),
+    request_body = Retrieve,
+    responses(QdrantAnswers),
+)]
 pub(super) async fn retrieve(
     State(app): State<App>,
     Path(name): Path<String>,
@@ -135,6 +161,12 @@ pub(super) async fn retrieve(
     Ok(envelope(records, started, &position))
 }
 
+/// One point.
+#[utoipa::path(
+    get, path = "/collections/{collection}/points/{id}", operation_id = "get_point", tag = "points",
+    params(("collection" = String, Path, description = "Name or alias"), ("id" = String, Path, description = "Unsigned integer or UUID"), Context),
+    responses(QdrantAnswers),
+)]
 pub(super) async fn retrieve_one(
     State(app): State<App>,
     Path((name, id)): Path<(String, String)>,
@@ -158,7 +190,7 @@ async fn get(
     context: &Context,
 ) -> Result<(Vec<Hit>, Position), Error> {
     let cluster = &app.running()?.cluster;
-    let found = Found::find(cluster, name)?;
+    let found = Found::find(cluster, name).await?;
     let options = context.read_options();
     let reads = found.by_shard(ids).into_iter().map(|(shard, ids)| {
         let question = Read::Get { ids, payload: payload.clone(), vectors: vectors.clone() };
@@ -184,15 +216,24 @@ async fn get(
     Ok((hits, position))
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct Selector {
+    #[schema(value_type = Option<Vec<PointIdShape>>)]
     points: Option<Vec<PointId>>,
+    #[serde(default, deserialize_with = "unique::value")]
     filter: Option<Value>,
     #[serde(rename = "shard_key")]
     _shard_key: Option<Value>,
 }
 
+/// Deletes points by ids or by a filter.
+#[utoipa::path(
+    post, path = "/collections/{collection}/points/delete", operation_id = "delete_points", tag = "points",
+    params(("collection" = String, Path, description = "Name or alias"), Context),
+    request_body = Selector,
+    responses(QdrantAnswers),
+)]
 pub(super) async fn delete(
     State(app): State<App>,
     Path(name): Path<String>,
@@ -204,6 +245,13 @@ pub(super) async fn delete(
     change(&app, &name, target, &context, Command::Delete).await
 }
 
+/// Empties the payload of points.
+#[utoipa::path(
+    post, path = "/collections/{collection}/points/payload/clear", operation_id = "clear_payload", tag = "points",
+    params(("collection" = String, Path, description = "Name or alias"), Context),
+    request_body = Selector,
+    responses(QdrantAnswers),
+)]
 pub(super) async fn clear_payload(
     State(app): State<App>,
     Path(name): Path<String>,
@@ -215,17 +263,28 @@ pub(super) async fn clear_payload(
     change(&app, &name, target, &context, |target| Command::DeletePayload { target, keys: None }).await
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct SetPayload {
+    #[serde(deserialize_with = "unique::required_object")]
+    #[schema(value_type = Object)]
     payload: Map<String, Value>,
+    #[schema(value_type = Option<Vec<PointIdShape>>)]
     points: Option<Vec<PointId>>,
+    #[serde(default, deserialize_with = "unique::value")]
     filter: Option<Value>,
     key: Option<String>,
     #[serde(rename = "shard_key")]
     _shard_key: Option<Value>,
 }
 
+/// Sets the given keys of the payload of points.
+#[utoipa::path(
+    post, path = "/collections/{collection}/points/payload", operation_id = "set_payload", tag = "points",
+    params(("collection" = String, Path, description = "Name or alias"), Context),
+    request_body = SetPayload,
+    responses(QdrantAnswers),
+)]
 pub(super) async fn set_payload(
     state: State<App>,
     path: Path<String>,
@@ -235,6 +294,13 @@ pub(super) async fn set_payload(
     write_payload(state, path, context, body, PayloadMode::Merge).await
 }
 
+/// Replaces the payload of points.
+#[utoipa::path(
+    put, path = "/collections/{collection}/points/payload", operation_id = "overwrite_payload", tag = "points",
+    params(("collection" = String, Path, description = "Name or alias"), Context),
+    request_body = SetPayload,
+    responses(QdrantAnswers),
+)]
 pub(super) async fn overwrite_payload(
     state: State<App>,
     path: Path<String>,
@@ -265,16 +331,25 @@ async fn write_payload(
     .await
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct DeletePayload {
     keys: Vec<String>,
+    #[schema(value_type = Option<Vec<PointIdShape>>)]
     points: Option<Vec<PointId>>,
+    #[serde(default, deserialize_with = "unique::value")]
     filter: Option<Value>,
     #[serde(rename = "shard_key")]
     _shard_key: Option<Value>,
 }
 
+/// Removes keys from the payload of points.
+#[utoipa::path(
+    post, path = "/collections/{collection}/points/payload/delete", operation_id = "delete_payload", tag = "points",
+    params(("collection" = String, Path, description = "Name or alias"), Context),
+    request_body = DeletePayload,
+    responses(QdrantAnswers),
+)]
 pub(super) async fn delete_payload(
     State(app): State<App>,
     Path(name): Path<String>,
@@ -300,16 +375,18 @@ async fn change(
 ) -> Result<Response, QdrantError> {
     let started = Instant::now();
     let cluster = &app.running()?.cluster;
-    let found = Found::find(cluster, name)?;
+    let found = Found::find(cluster, name).await?;
     let (_, position) = write_target(cluster, &found, target, context, command).await?;
     Ok(updated(started, &position))
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct Scroll {
+    #[schema(value_type = Option<PointIdShape>)]
     offset: Option<PointId>,
     limit: Option<u64>,
+    #[serde(default, deserialize_with = "unique::value")]
     filter: Option<Value>,
     with_payload: Option<Value>,
     with_vector: Option<Value>,
@@ -318,6 +395,13 @@ struct Scroll {
     _shard_key: Option<Value>,
 }
 
+/// Points in the order of their ids, page by page.
+#[utoipa::path(
+    post, path = "/collections/{collection}/points/scroll", operation_id = "scroll_points", tag = "points",
+    params(("collection" = String, Path, description = "Name or alias"), Context),
+    request_body = Scroll,
+    responses(QdrantAnswers),
+)]
 pub(super) async fn scroll(
     State(app): State<App>,
     Path(name): Path<String>,
@@ -341,7 +425,7 @@ pub(super) async fn scroll(
         vectors: shapes::select(request.with_vector.as_ref(), "with_vector", Select::Nothing)?,
     };
     let cluster = &app.running()?.cluster;
-    let found = Found::find(cluster, &name)?;
+    let found = Found::find(cluster, &name).await?;
     let gathered = ask_all(cluster, &found, &question, &context).await?;
     let mut hits: Vec<Hit> = Vec::new();
     for answer in gathered.answers {
@@ -356,9 +440,10 @@ pub(super) async fn scroll(
     Ok(envelope(json!({"points": records, "next_page_offset": next}), started, &gathered.position))
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct Count {
+    #[serde(default, deserialize_with = "unique::value")]
     filter: Option<Value>,
     /// Counts are always exact.
     #[serde(rename = "exact")]
@@ -367,6 +452,13 @@ struct Count {
     _shard_key: Option<Value>,
 }
 
+/// How many points a filter keeps.
+#[utoipa::path(
+    post, path = "/collections/{collection}/points/count", operation_id = "count_points", tag = "points",
+    params(("collection" = String, Path, description = "Name or alias"), Context),
+    request_body = Count,
+    responses(QdrantAnswers),
+)]
 pub(super) async fn count(
     State(app): State<App>,
     Path(name): Path<String>,
@@ -376,7 +468,7 @@ pub(super) async fn count(
     let started = Instant::now();
     let request: Count = json(&body)?;
     let cluster = &app.running()?.cluster;
-    let found = Found::find(cluster, &name)?;
+    let found = Found::find(cluster, &name).await?;
     let filter = shapes::filter(request.filter.as_ref(), "filter")?;
     let count = points::count(cluster, &found, filter, &context).await?;
     Ok(envelope(json!({"count": count}), started, &Position::default()))

@@ -12,12 +12,15 @@ use shoal_actors::search::{self, RRF_K, ShardCounts};
 use shoal_engine::command::{Hit, Leg, Search, Select};
 use shoal_engine::state::check_vector;
 use shoal_proto::{Error, PointId, Position};
+use utoipa::ToSchema;
 
 use super::shapes::{self, MAX_LIMIT, envelope};
 use crate::app::App;
 use crate::http::context::{Context, json};
 use crate::http::error::QdrantError;
+use crate::http::openapi::QdrantAnswers;
 use crate::http::points::{Found, ask_all};
+use crate::http::unique;
 
 /// The most searches in one batch.
 const MAX_BATCH: usize = 100;
@@ -26,7 +29,7 @@ const MAX_EF: usize = 10_000;
 /// The most lists that are fused.
 const MAX_PREFETCH: usize = 8;
 
-#[derive(Clone, Default, Deserialize)]
+#[derive(Clone, Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct Params {
     hnsw_ef: Option<usize>,
@@ -39,12 +42,14 @@ struct Params {
     _acorn: Option<Value>,
 }
 
-#[derive(Clone, Default, Deserialize)]
+#[derive(Clone, Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct Query {
     query: Option<Value>,
     using: Option<String>,
+    #[serde(default, deserialize_with = "unique::value")]
     prefetch: Option<Value>,
+    #[serde(default, deserialize_with = "unique::value")]
     filter: Option<Value>,
     params: Option<Params>,
     limit: Option<u64>,
@@ -57,10 +62,11 @@ struct Query {
     _shard_key: Option<Value>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct OldSearch {
     vector: Value,
+    #[serde(default, deserialize_with = "unique::value")]
     filter: Option<Value>,
     params: Option<Params>,
     limit: Option<u64>,
@@ -96,7 +102,7 @@ impl OldSearch {
     }
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct BatchOf<T> {
     searches: Vec<T>,
@@ -109,6 +115,13 @@ struct Ranked {
     position: Position,
 }
 
+/// Search by vector or point, fusion of several lists, or plain order of ids.
+#[utoipa::path(
+    post, path = "/collections/{collection}/points/query", operation_id = "query_points", tag = "points",
+    params(("collection" = String, Path, description = "Name or alias"), Context),
+    request_body = Query,
+    responses(QdrantAnswers),
+)]
 pub(super) async fn query(
     State(app): State<App>,
     Path(name): Path<String>,
@@ -121,6 +134,13 @@ pub(super) async fn query(
     Ok(envelope(json!({"points": points, "shards": answer.shards}), started, &answer.position))
 }
 
+/// Search by vector: the older form of a query.
+#[utoipa::path(
+    post, path = "/collections/{collection}/points/search", operation_id = "search_points", tag = "points",
+    params(("collection" = String, Path, description = "Name or alias"), Context),
+    request_body = OldSearch,
+    responses(QdrantAnswers),
+)]
 pub(super) async fn search(
     State(app): State<App>,
     Path(name): Path<String>,
@@ -134,6 +154,13 @@ pub(super) async fn search(
     Ok(envelope(points, started, &answer.position))
 }
 
+/// Several queries at once.
+#[utoipa::path(
+    post, path = "/collections/{collection}/points/query/batch", operation_id = "query_batch_points", tag = "points",
+    params(("collection" = String, Path, description = "Name or alias"), Context),
+    request_body = BatchOf<Query>,
+    responses(QdrantAnswers),
+)]
 pub(super) async fn query_batch(
     State(app): State<App>,
     Path(name): Path<String>,
@@ -144,6 +171,13 @@ pub(super) async fn query_batch(
     run_batch(&app, &name, batch.searches, &context, |points| json!({"points": points})).await
 }
 
+/// Several searches at once.
+#[utoipa::path(
+    post, path = "/collections/{collection}/points/search/batch", operation_id = "search_batch_points", tag = "points",
+    params(("collection" = String, Path, description = "Name or alias"), Context),
+    request_body = BatchOf<OldSearch>,
+    responses(QdrantAnswers),
+)]
 pub(super) async fn search_batch(
     State(app): State<App>,
     Path(name): Path<String>,
@@ -178,7 +212,7 @@ async fn run_batch(
 
 async fn run(app: &App, name: &str, request: Query, context: &Context) -> Result<Ranked, Error> {
     let cluster = &app.running()?.cluster;
-    let found = Found::find(cluster, name)?;
+    let found = Found::find(cluster, name).await?;
     if request.lookup_from.as_ref().is_some_and(|lookup| !lookup.is_null()) {
         return Err(Error::invalid("lookup_from", "is not supported"));
     }
