@@ -1,0 +1,473 @@
+//! What can be done to a cluster. A fault begins, lasts, and is healed; what it was done to is
+//! recorded with it.
+
+pub mod cable;
+pub mod clock;
+pub mod crash;
+pub mod limits;
+pub mod net;
+
+use std::collections::BTreeSet;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use rand::RngExt;
+use rand::rngs::StdRng;
+use serde::{Deserialize, Serialize};
+
+use crate::cluster::{Cluster, DiskKind};
+use crate::disk::flip;
+use crate::disk::journal::Survivors;
+use crate::shell;
+use cable::{Cables, Quality};
+use clock::Clock;
+use net::{CLIENTS, between, bridge, ring};
+
+/// How a node must exit after a sync has failed.
+const EXIT_FSYNC: i32 = 74;
+/// How long it may take to do so.
+const EXIT_DEADLINE: Duration = Duration::from_secs(20);
+/// How long a polite stop may take.
+const STOP_DEADLINE: Duration = Duration::from_secs(30);
+/// Frames take up to 100 ms.
+const SLOW: Quality = Quality { delay_ms: 100, lost: 0, doubled: 0, corrupted: 0 };
+/// How often a strobing clock jumps.
+const STROBES: u32 = 40;
+/// The time between two jumps.
+const STROBE_EVERY: Duration = Duration::from_millis(100);
+/// Bytes left free on a disk that is filled up.
+const LEFT_FREE: u64 = 4 << 20;
+
+/// A fault by name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Fault {
+    /// SIGKILL to the node that leads most shards.
+    KillLeader,
+    /// SIGKILL to a random minority.
+    KillMinority,
+    /// SIGKILL to every node at once.
+    KillAll,
+    /// SIGSTOP to the node that leads most shards.
+    PauseLeader,
+    /// SIGTERM to one node after the other, each back before the next.
+    RollingRestart,
+    /// The leader alone on one side.
+    LeaderInMinority,
+    /// The leader with a majority, the rest on the other side.
+    LeaderInMajority,
+    /// One follower alone.
+    IsolateFollower,
+    /// The leader hears nobody, but is heard.
+    LeaderIsDeaf,
+    /// The leader is heard by nobody, but hears.
+    LeaderIsMute,
+    /// Two halves that only one node sees both of.
+    Bridge,
+    /// Everybody sees a majority, and no two the same one.
+    MajorityRing,
+    /// Answers of one node do not reach its clients.
+    AnswersLost,
+    /// One frame in five between nodes is lost.
+    PacketLoss,
+    /// Frames between nodes take up to 100 ms and overtake each other.
+    SlowCables,
+    /// The same; and 10 % are lost, 5 % arrive twice, 1 % arrive with a flipped bit.
+    BadCables,
+    /// One node's wall clock jumps an hour forward.
+    ClockForward,
+    /// One node's wall clock jumps an hour back.
+    ClockBack,
+    /// One node's wall clock jumps 200 ms to and fro.
+    ClockStrobe,
+    /// One node's power fails: nothing survives that was not synced.
+    PowerCutOne,
+    /// Power fails everywhere at once: nothing survives that was not synced.
+    PowerCutAll,
+    /// Power fails everywhere at once: pages that were not synced survive or do not.
+    PowerCutPages,
+    /// Power fails everywhere at once, in the middle of writing pages.
+    TornWrites,
+    /// Fsync on the leader's disk fails.
+    SyncFails,
+    /// Fsync on the leader's disk takes 500 ms to 2 s.
+    SyncIsSlow,
+    /// The leader's disk is full.
+    DiskFull,
+    /// A bit flips in what one node has stored, while it is down.
+    BitFlip,
+    /// Ten times as many clients as before, each as fast as it can.
+    Overload,
+    /// One node dies at a step of the durability order, each time at the next one of all.
+    CrashPoint,
+}
+
+/// What a fault needs of the machine and of the cluster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Need {
+    /// Signals alone.
+    Nothing,
+    /// A network of its own.
+    Net,
+    /// Cables that can be bad.
+    Cables,
+    /// Wall clocks that can be set.
+    Clock,
+    /// Breakable disks.
+    BreakableDisk,
+    /// Small disks.
+    SmallDisk,
+    /// Limits of memory and processor time.
+    Limits,
+    /// A build that can be told where to die.
+    CrashPoints,
+}
+
+/// Something that happened although it must not: recorded, and never a pass.
+#[derive(Clone, Debug)]
+pub struct Wrong {
+    /// Its name.
+    pub name: &'static str,
+    /// What was seen.
+    pub detail: String,
+}
+
+/// What an injection came to.
+#[derive(Clone, Debug, Default)]
+pub struct Injected {
+    /// What it was done to.
+    pub detail: String,
+    /// What must not have happened.
+    pub wrong: Option<Wrong>,
+}
+
+impl Fault {
+    /// Its name, as scenarios and histories have it.
+    pub fn name(self) -> String {
+        let name = serde_json::to_value(self).ok().and_then(|name| Some(name.as_str()?.to_owned()));
+        name.expect("a fault is a name")
+    }
+
+    /// What it needs.
+    pub fn need(self) -> Need {
+        use Fault::*;
+        match self {
+            KillLeader | KillMinority | KillAll | PauseLeader | RollingRestart | BitFlip => Need::Nothing,
+            LeaderInMinority | LeaderInMajority | IsolateFollower | LeaderIsDeaf | LeaderIsMute | Bridge
+            | MajorityRing | AnswersLost | PacketLoss => Need::Net,
+            SlowCables | BadCables => Need::Cables,
+            ClockForward | ClockBack | ClockStrobe => Need::Clock,
+            PowerCutOne | PowerCutAll | PowerCutPages | TornWrites | SyncFails | SyncIsSlow => {
+                Need::BreakableDisk
+            }
+            DiskFull => Need::SmallDisk,
+            Overload => Need::Limits,
+            CrashPoint => Need::CrashPoints,
+        }
+    }
+
+    /// Whether nodes end by it: with any other fault, one that has ended has crashed.
+    pub fn ends_processes(self) -> bool {
+        use Fault::*;
+        matches!(
+            self,
+            KillLeader
+                | KillMinority
+                | KillAll
+                | RollingRestart
+                | PowerCutOne
+                | PowerCutAll
+                | PowerCutPages
+                | TornWrites
+                | SyncFails
+                | BitFlip
+                | CrashPoint
+        )
+    }
+
+    /// Whether it may cost a replica, so that everything must be whole before the next one.
+    pub fn takes_a_replica(self) -> bool {
+        matches!(self, Fault::BitFlip | Fault::CrashPoint)
+    }
+
+    /// The disks that it needs.
+    pub fn disk(self) -> DiskKind {
+        match self.need() {
+            Need::BreakableDisk => DiskKind::Breakable,
+            Need::SmallDisk => DiskKind::Small,
+            _ => DiskKind::Plain,
+        }
+    }
+
+    /// Does it.
+    ///
+    /// # Errors
+    /// When it cannot be done.
+    pub async fn inject(self, cluster: &mut Cluster, coin: &mut StdRng) -> Result<Injected> {
+        let count = cluster.len();
+        let all: Vec<usize> = (0..count).collect();
+        let others = |of: usize| -> Vec<usize> { (0..count).filter(|at| *at != of).collect() };
+        let detail = match self {
+            Fault::KillLeader => kill(cluster, &[cluster.leader().await?])?,
+            Fault::KillMinority => {
+                let first = coin.random_range(0..count);
+                let victims: Vec<usize> = (0..(count - 1) / 2).map(|step| (first + step) % count).collect();
+                kill(cluster, &victims)?
+            }
+            Fault::KillAll => kill(cluster, &all)?,
+            Fault::PauseLeader => {
+                let leader = cluster.leader().await?;
+                cluster.members[leader].node.pause()?;
+                names(&[leader])
+            }
+            Fault::RollingRestart => return rolling_restart(cluster).await,
+            Fault::LeaderInMinority => {
+                let leader = cluster.leader().await?;
+                cut(cluster, between(&[leader], &others(leader)))?;
+                names(&[leader])
+            }
+            Fault::LeaderInMajority => {
+                let leader = cluster.leader().await?;
+                let minority: Vec<usize> = others(leader).into_iter().take((count - 1) / 2).collect();
+                let majority: Vec<usize> = all.iter().copied().filter(|at| !minority.contains(at)).collect();
+                cut(cluster, between(&minority, &majority))?;
+                format!("{} with the leader, {} apart", names(&majority), names(&minority))
+            }
+            Fault::IsolateFollower => {
+                let follower = cluster.follower().await?;
+                cut(cluster, between(&[follower], &others(follower)))?;
+                names(&[follower])
+            }
+            Fault::LeaderIsDeaf => {
+                let leader = cluster.leader().await?;
+                cut(cluster, others(leader).into_iter().map(|from| (from, leader)).collect())?;
+                names(&[leader])
+            }
+            Fault::LeaderIsMute => {
+                let leader = cluster.leader().await?;
+                cut(cluster, others(leader).into_iter().map(|to| (leader, to)).collect())?;
+                names(&[leader])
+            }
+            Fault::Bridge => {
+                cut(cluster, bridge(count))?;
+                format!("{} is the bridge", names(&[count / 2]))
+            }
+            Fault::MajorityRing => {
+                cut(cluster, ring(count))?;
+                "everybody sees neighbours".to_owned()
+            }
+            Fault::AnswersLost => {
+                let node = coin.random_range(0..count);
+                cut(cluster, BTreeSet::from([(node, CLIENTS)]))?;
+                names(&[node])
+            }
+            Fault::PacketLoss => {
+                cluster.net.as_ref().context("there is no network of its own")?.lose(20)?;
+                "20 percent".to_owned()
+            }
+            Fault::SlowCables => {
+                cables(cluster)?.set(SLOW);
+                "all".to_owned()
+            }
+            Fault::BadCables => {
+                cables(cluster)?.set(Quality { lost: 10, doubled: 5, corrupted: 1, ..SLOW });
+                "all".to_owned()
+            }
+            Fault::ClockForward => set_clock(cluster, coin, 3600.0)?,
+            Fault::ClockBack => set_clock(cluster, coin, -3600.0)?,
+            Fault::ClockStrobe => {
+                let node = coin.random_range(0..count);
+                for step in 0..STROBES {
+                    clock_of(cluster, node)?.set(if step % 2 == 0 { 0.2 } else { -0.2 })?;
+                    tokio::time::sleep(STROBE_EVERY).await;
+                }
+                names(&[node])
+            }
+            Fault::PowerCutOne => {
+                let node = coin.random_range(0..count);
+                power_cut(cluster, &[node], Survivors::None, coin)?
+            }
+            Fault::PowerCutAll => power_cut(cluster, &all, Survivors::None, coin)?,
+            Fault::PowerCutPages => power_cut(cluster, &all, Survivors::Pages, coin)?,
+            Fault::TornWrites => power_cut(cluster, &all, Survivors::Torn, coin)?,
+            Fault::SyncFails => return sync_fails(cluster).await,
+            Fault::SyncIsSlow => {
+                let leader = cluster.leader().await?;
+                let delay = coin.random_range(500..2000);
+                faults_of(cluster, leader)?.sync_delay_ms.store(delay, Ordering::Relaxed);
+                format!("{} by {delay} ms", names(&[leader]))
+            }
+            Fault::DiskFull => {
+                let leader = cluster.leader().await?;
+                fill(cluster, leader)?;
+                names(&[leader])
+            }
+            Fault::BitFlip => {
+                let node = coin.random_range(0..count);
+                kill(cluster, &[node])?;
+                let below = cluster.members[node].data_below();
+                let flipped = flip::flip(&below, is_in_use, coin)?;
+                let flipped = flipped.context("the node has stored nothing")?;
+                cluster.start(node)?;
+                let (file, offset, bit) = (flipped.file.display(), flipped.offset, flipped.bit);
+                format!("{}: {file} at {offset}, bit {bit}", names(&[node]))
+            }
+            Fault::Overload => {
+                let crowd = cluster.crowd.as_mut().context("there are no clients")?;
+                format!("{} clients more", crowd.start())
+            }
+            Fault::CrashPoint => {
+                let node = coin.random_range(0..count);
+                crash::at_next_point(cluster, node).await?
+            }
+        };
+        Ok(Injected { detail, wrong: None })
+    }
+}
+
+/// Ends every fault: everything is whole again and every node runs. Returns what the fault has
+/// done meanwhile, where that is known.
+///
+/// # Errors
+/// When that cannot be done.
+pub fn heal(cluster: &mut Cluster) -> Result<String> {
+    let mut damage = None;
+    if let Some(net) = &cluster.net {
+        net.cut(&BTreeSet::new())?;
+        net.lose(0)?;
+        if let Ok(cables) = net.cables() {
+            cables.set(Quality::default());
+            damage = cables.damage().take();
+        }
+    }
+    if let Some(crowd) = &cluster.crowd {
+        crowd.stop();
+    }
+    for member in &cluster.members {
+        if let Some(clock) = &member.clock {
+            clock.set(0.0)?;
+        }
+        if let Some(disk) = &member.disk {
+            disk.heal();
+        }
+        // Only a disk that was filled up has the file.
+        drop(std::fs::remove_file(filler(&member.node.data_dir())));
+    }
+    cluster.start_missing()?;
+    Ok(damage.unwrap_or_default())
+}
+
+/// Whether a file of a data directory is still needed: what was set aside as damaged is not.
+fn is_in_use(path: &std::path::Path) -> bool {
+    !path.components().any(|part| part.as_os_str().to_string_lossy().ends_with("damaged"))
+        && !path.ends_with("LOCK")
+}
+
+fn names(nodes: &[usize]) -> String {
+    nodes.iter().map(|at| format!("n{}", at + 1)).collect::<Vec<_>>().join(", ")
+}
+
+fn kill(cluster: &mut Cluster, nodes: &[usize]) -> Result<String> {
+    // All at once: first the signals, then the waiting.
+    for at in nodes {
+        if !cluster.members[*at].node.has_exited()? {
+            cluster.members[*at].node.strike()?;
+        }
+    }
+    for at in nodes {
+        cluster.members[*at].node.kill()?;
+    }
+    Ok(names(nodes))
+}
+
+fn cut(cluster: &Cluster, pairs: BTreeSet<(usize, usize)>) -> Result<()> {
+    cluster.net.as_ref().context("there is no network of its own")?.cut(&pairs)
+}
+
+fn cables(cluster: &Cluster) -> Result<&Cables> {
+    cluster.net.as_ref().context("there is no network of its own")?.cables()
+}
+
+fn clock_of(cluster: &Cluster, at: usize) -> Result<&Clock> {
+    cluster.members[at].clock.as_ref().context("the clocks cannot be set")
+}
+
+fn set_clock(cluster: &Cluster, coin: &mut StdRng, seconds: f64) -> Result<String> {
+    let node = coin.random_range(0..cluster.len());
+    clock_of(cluster, node)?.set(seconds)?;
+    Ok(names(&[node]))
+}
+
+fn power_cut(
+    cluster: &mut Cluster,
+    nodes: &[usize],
+    survivors: Survivors,
+    coin: &mut StdRng,
+) -> Result<String> {
+    kill(cluster, nodes)?;
+    let mut lost = Vec::new();
+    for at in nodes {
+        let disk = cluster.members[*at].disk.as_mut().context("the disk is not breakable")?;
+        let damage = disk.cut_power(survivors, coin.random())?;
+        lost.push(format!("n{}: {} writes and {} names", at + 1, damage.writes, damage.names));
+    }
+    Ok(lost.join("; "))
+}
+
+fn faults_of(cluster: &Cluster, at: usize) -> Result<&crate::disk::Faults> {
+    Ok(cluster.members[at].disk.as_ref().context("the disk is not breakable")?.faults())
+}
+
+async fn sync_fails(cluster: &mut Cluster) -> Result<Injected> {
+    let leader = cluster.leader().await?;
+    faults_of(cluster, leader)?.sync_fails.store(true, Ordering::Relaxed);
+    let exit = cluster.members[leader].node.exited(EXIT_DEADLINE).await;
+    let wrong = match &exit {
+        Ok(Some(EXIT_FSYNC)) => None,
+        other => Some(Wrong {
+            name: "wrong_exit",
+            detail: format!("n{} after a failed fsync: {other:?}, not code {EXIT_FSYNC}", leader + 1),
+        }),
+    };
+    Ok(Injected { detail: names(&[leader]), wrong })
+}
+
+async fn rolling_restart(cluster: &mut Cluster) -> Result<Injected> {
+    let mut wrong = None;
+    for at in 0..cluster.len() {
+        let code = cluster.members[at].node.terminate(STOP_DEADLINE).await;
+        if !matches!(code, Ok(Some(0))) {
+            wrong =
+                Some(Wrong { name: "wrong_exit", detail: format!("n{} after SIGTERM: {code:?}", at + 1) });
+        }
+        cluster.start(at)?;
+        cluster.members[at].node.ready().await?;
+    }
+    Ok(Injected { detail: "all".to_owned(), wrong })
+}
+
+fn filler(data: &std::path::Path) -> std::path::PathBuf {
+    data.join("filler-of-chaos")
+}
+
+fn fill(cluster: &Cluster, at: usize) -> Result<()> {
+    let data = cluster.members[at].node.data_dir();
+    let stat = nix::sys::statvfs::statvfs(&data)?;
+    let free = stat.blocks_available() * stat.fragment_size();
+    ensure!(free > LEFT_FREE, "the disk of n{} is full already", at + 1);
+    shell::run(&format!("fallocate -l {} {}", free - LEFT_FREE, filler(&data).display()))?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_what_scenarios_say() {
+        assert_eq!(Fault::KillLeader.name(), "kill-leader");
+        let read: Fault = serde_json::from_str("\"power-cut-all\"").expect("a fault");
+        assert_eq!((read, read.disk()), (Fault::PowerCutAll, DiskKind::Breakable));
+    }
+}

@@ -1,0 +1,35 @@
+//! Does it hold: a real cluster, hurt on purpose, and a judgement of what it promised.
+//!
+//! ```text
+//!  scenario ─▶ run: cluster ◀── faults        history ─▶ checkers ─▶ verdicts ─▶ report
+//!                      ▲  └─ monitor ──────────▶ ▲
+//!                      └──── workload ───────────┘
+//! ```
+//!
+//! | module | what |
+//! |---|---|
+//! | [`scenario`] | what to run: a row of the matrix, in a small and a large size |
+//! | [`cluster`], [`faults`], [`disk`] | real processes, and what can be done to them |
+//! | [`workloads`], [`caller`] | clients, and how an answer is classified |
+//! | [`history`] | the record of a run |
+//! | [`checkers`] | pure functions from a history to a verdict |
+//! | [`run`](mod@run), [`report`] | one run from start to verdict; what people read |
+//! | [`doctor`] | which faults this machine can do |
+//!
+//! A run touches only what it has made itself: processes, namespaces, mounts and folders. A
+//! scenario whose faults this machine cannot do is reported as skipped, with the reason, and
+//! never as passed. A seed repeats the schedule of faults and what clients ask, not the timing of
+//! threads; the history is the record.
+
+pub mod caller;
+pub mod checkers;
+pub mod cluster;
+pub mod disk;
+pub mod doctor;
+pub mod faults;
+pub mod history;
+pub mod report;
+pub mod run;
+pub mod scenario;
+mod shell;
+pub mod workloads;

@@ -1,0 +1,428 @@
+//! `chaos`: runs scenarios, judges histories, writes the report.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::{Parser, Subcommand, ValueEnum};
+use shoal_chaos::checkers::Judgement;
+use shoal_chaos::doctor;
+use shoal_chaos::faults::Need;
+use shoal_chaos::faults::net::Net;
+use shoal_chaos::report::{self, Entry, RunResult, Timeline};
+use shoal_chaos::run;
+use shoal_chaos::scenario::{Scenario, Size};
+use shoal_proto::planted::Bug;
+use shoal_tests::bench::machine;
+
+/// The scenarios that CI has time for: rows 2, 5, 9, 12, 14, 18 and 21.
+const SELECTION: [&str; 7] =
+    ["kill-leader", "split-brain", "zombie-leader", "everything", "sessions", "power-cut", "bit-flips"];
+
+/// Seconds that a build with a planted bug may take to settle: it may never do so.
+const PLANTED_PATIENCE: u64 = 8;
+/// How often a planted bug is looked for, each time by another schedule, before it counts as missed:
+/// some show only when a fault falls into the right few milliseconds.
+const PLANTED_ATTEMPTS: u32 = 3;
+/// How long faults strike a build with a planted bug.
+const PLANTED_SECONDS: &str = "24";
+
+/// Breaks a Shoal cluster on purpose, and judges whether it kept its promises.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Says which faults this machine can do.
+    Doctor,
+    /// Lists the scenarios.
+    List,
+    /// Runs scenarios and judges them.
+    Run(RunArguments),
+    /// Runs a build with planted bugs, one bug after the other: each must be caught.
+    Planted {
+        /// The `shoal` binary that was built with the feature `planted-bugs`.
+        #[arg(long)]
+        bin: PathBuf,
+        /// Only this bug.
+        #[arg(long)]
+        bug: Option<String>,
+        /// Where histories, logs and data go.
+        #[arg(long, default_value = "target/chaos/planted")]
+        out: PathBuf,
+    },
+    /// Judges a history again.
+    Check {
+        /// A history file.
+        file: PathBuf,
+    },
+    /// Writes the page from the results of runs, and prints them as a table.
+    Report {
+        /// The folder with `results.json`.
+        #[arg(long, default_value = "target/chaos")]
+        out: PathBuf,
+    },
+    /// Makes a private network and takes it down again.
+    #[command(hide = true)]
+    ProbeNet {
+        /// With cables that can be bad.
+        #[arg(long)]
+        cables: bool,
+    },
+}
+
+#[derive(clap::Args)]
+struct RunArguments {
+    /// Names of scenarios, or `ci` for the selection that CI runs, or `all`.
+    #[arg(required = true)]
+    scenarios: Vec<String>,
+    /// How large.
+    #[arg(long, value_enum, default_value = "ci")]
+    size: SizeName,
+    /// The seed of the schedule; random when absent, and printed.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Seconds in which faults strike, instead of the scenario's own.
+    #[arg(long)]
+    seconds: Option<u64>,
+    /// Where histories, logs, data and results go.
+    #[arg(long, default_value = "target/chaos")]
+    out: PathBuf,
+    /// A folder with scenarios, instead of those in this program.
+    #[arg(long)]
+    dir: Option<PathBuf>,
+    /// A variable for the nodes, as NAME=VALUE.
+    #[arg(long)]
+    env: Vec<String>,
+    /// Succeed exactly when a checker says that a promise was broken: for planted bugs.
+    #[arg(long)]
+    expect_caught: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum SizeName {
+    Ci,
+    Nightly,
+}
+
+fn main() -> ExitCode {
+    let outcome = match Arguments::parse().command {
+        Command::Doctor => examine(),
+        Command::List => list(),
+        Command::Run(arguments) => run_all(&arguments),
+        Command::Planted { bin, bug, out } => planted(&bin, bug.as_deref(), &out),
+        Command::Check { file } => check(&file),
+        Command::Report { out } => write_page(&out).map(|()| true),
+        Command::ProbeNet { cables } => Net::create(1, cables).map(|_| true),
+    };
+    match outcome {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("chaos: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn examine() -> Result<bool> {
+    let faults = [
+        ("processes: kill, pause, restart, flipped bits", Need::Nothing),
+        ("network: partitions of any shape, loss (ip netns, veth, nft bridge)", Need::Net),
+        ("network: delay, reordering, duplication, corruption (TAP)", Need::Cables),
+        ("wall clocks that jump (libfaketime)", Need::Clock),
+        ("disk: power cuts, torn writes, failing and slow fsync (FUSE)", Need::BreakableDisk),
+        ("disk: full (tmpfs)", Need::SmallDisk),
+        ("limits of memory and processor time (cgroups)", Need::Limits),
+        ("crash points (a build with the feature planted-bugs)", Need::CrashPoints),
+    ];
+    for (what, need) in faults {
+        match doctor::probe(need) {
+            Ok(()) => println!("yes  {what}"),
+            Err(error) => println!("no   {what}: {error:#}"),
+        }
+    }
+    Ok(true)
+}
+
+fn list() -> Result<bool> {
+    for scenario in Scenario::shipped()? {
+        println!("{:>3}  {:20} {}", scenario.row, scenario.name, scenario.promise);
+    }
+    Ok(true)
+}
+
+/// Where each planted bug shows.
+fn scenario_for(bug: Bug) -> &'static str {
+    match bug {
+        Bug::AckBeforeSync => "power-cut",
+        Bug::ForgottenVote => "kill-all",
+        Bug::ReadOnFollower => "baseline",
+        Bug::ReadWithoutQuorum => "zombie-leader",
+        Bug::RetryAppliedTwice => "retries",
+        Bug::ForgottenDelete => "everything",
+        Bug::SnapshotAheadOfItself => "snapshots",
+    }
+}
+
+fn planted(bin: &Path, only: Option<&str>, out: &Path) -> Result<bool> {
+    ensure!(bin.is_file(), "{} does not exist", bin.display());
+    let bin = bin.canonicalize()?;
+    let lists = std::process::Command::new(&bin).arg("crash-points").output()?;
+    ensure!(lists.status.success(), "{} was built without planted-bugs", bin.display());
+    let chaos = std::env::current_exe()?;
+    let run = |arguments: &[&str], folder: &str| -> Result<bool> {
+        let mut command = std::process::Command::new(&chaos);
+        command.arg("run").args(arguments).arg("--out").arg(out.join(folder)).env("SHOAL_BIN", &bin);
+        Ok(command.status()?.success())
+    };
+    let known = Scenario::shipped()?;
+    let (mut missed, mut skipped) = (Vec::new(), Vec::new());
+    // A build with bugs has points to die at as well: there it must keep its promises.
+    let holds = only.is_some() || run(&["crash-points"], "crash-points")?;
+    let wanted: Vec<_> = Bug::ALL.iter().filter(|(_, name)| only.is_none_or(|only| only == *name)).collect();
+    ensure!(!wanted.is_empty(), "there is no such bug");
+    for (bug, name) in wanted {
+        println!("planted: {name}");
+        if let Some(reason) = missing(known.iter().find(|known| known.name == scenario_for(*bug))) {
+            println!("  skipped, so nobody knows whether it would be caught: {reason}");
+            skipped.push(*name);
+            continue;
+        }
+        let variable = format!("SHOAL_PLANTED_BUG={name}");
+        let scenario = scenario_for(*bug);
+        let arguments = [scenario, "--expect-caught", "--seconds", PLANTED_SECONDS, "--env", &variable];
+        let mut is_caught = false;
+        for _ in 0..PLANTED_ATTEMPTS {
+            is_caught = is_caught || run(&arguments, name)?;
+        }
+        if !is_caught {
+            missed.push(*name);
+        }
+    }
+    match (missed.as_slice(), skipped.as_slice()) {
+        ([], []) => println!("every planted bug was caught"),
+        ([], skipped) => println!("skipped: {}; all others were caught", skipped.join(", ")),
+        (missed, _) => println!("not caught: {}", missed.join(", ")),
+    }
+    if !holds {
+        println!("the crash points did not pass");
+    }
+    Ok(missed.is_empty() && holds)
+}
+
+fn check(file: &Path) -> Result<bool> {
+    let judged = run::judge(file)?;
+    print!("{}", report::text(&judged, true));
+    Ok(report::passed(&judged.verdicts))
+}
+
+/// Each run gets a process of its own, because it moves into a network of its own.
+fn run_all(arguments: &RunArguments) -> Result<bool> {
+    let known = match &arguments.dir {
+        Some(dir) => Scenario::all(dir)?,
+        None => Scenario::shipped()?,
+    };
+    let wanted: Vec<&Scenario> = match arguments.scenarios.as_slice() {
+        [name] if name == "all" => known.iter().collect(),
+        names => {
+            let selection: Vec<String> = SELECTION.iter().map(|name| (*name).to_owned()).collect();
+            let names = if names == ["ci"] { &selection } else { names };
+            let find = |name: &String| {
+                known.iter().find(|known| known.name == *name).with_context(|| format!("no scenario {name}"))
+            };
+            names.iter().map(find).collect::<Result<_>>()?
+        }
+    };
+    if let [scenario] = wanted.as_slice() {
+        return run_one(scenario, arguments);
+    }
+    let mut all_passed = true;
+    for scenario in wanted {
+        let mut command = std::process::Command::new(std::env::current_exe()?);
+        command.args(["run", &scenario.name, "--size", arguments.size.name()]);
+        command.arg("--out").arg(&arguments.out);
+        if let Some(dir) = &arguments.dir {
+            command.arg("--dir").arg(dir);
+        }
+        if let Some(seed) = arguments.seed {
+            command.args(["--seed", &seed.to_string()]);
+        }
+        if let Some(seconds) = arguments.seconds {
+            command.args(["--seconds", &seconds.to_string()]);
+        }
+        for variable in &arguments.env {
+            command.arg("--env").arg(variable);
+        }
+        all_passed &= command.status()?.success();
+    }
+    write_page(&arguments.out)?;
+    Ok(all_passed)
+}
+
+impl SizeName {
+    fn name(self) -> &'static str {
+        match self {
+            SizeName::Ci => "ci",
+            SizeName::Nightly => "nightly",
+        }
+    }
+}
+
+fn run_one(scenario: &Scenario, arguments: &RunArguments) -> Result<bool> {
+    let mut scenario = scenario.clone();
+    for variable in &arguments.env {
+        let (name, value) =
+            variable.split_once('=').with_context(|| format!("{variable:?} is not NAME=VALUE"))?;
+        scenario.env.insert(name.to_owned(), value.to_owned());
+    }
+    let scenario = &scenario;
+    let mut size: Size = match arguments.size {
+        SizeName::Ci => scenario.ci.clone(),
+        SizeName::Nightly => scenario.nightly.clone(),
+    };
+    size.seconds = arguments.seconds.unwrap_or(size.seconds);
+    if arguments.expect_caught {
+        size.patience = PLANTED_PATIENCE;
+    }
+    let seed = arguments.seed.unwrap_or_else(rand::random);
+    let command = format!("chaos run {} --size {} --seed {seed}", scenario.name, arguments.size.name());
+    println!("row {} {}: {}", scenario.row, scenario.name, scenario.promise);
+    println!("  {command}");
+    let mut entry = Entry {
+        row: scenario.row,
+        scenario: scenario.name.clone(),
+        promise: scenario.promise.clone(),
+        seed,
+        result: RunResult::Passed,
+        verdicts: Vec::new(),
+        seconds: 0.0,
+        command,
+        timeline: Timeline::default(),
+    };
+    if let Some(reason) = missing(Some(scenario)) {
+        println!("  skipped: {reason}");
+        if arguments.expect_caught {
+            return Ok(false);
+        }
+        entry.result = RunResult::Skipped(reason);
+        keep(&arguments.out, entry)?;
+        return Ok(true);
+    }
+    let began = Instant::now();
+    let work = arguments.out.join(&scenario.name);
+    clear(&work)?;
+    let work = work.canonicalize()?;
+    // Before there is any other thread: threads inherit the network of who starts them.
+    let net = match doctor::probe(Need::Net) {
+        Ok(()) => Some(Net::create(size.nodes, scenario.needs(Need::Cables))?),
+        Err(_) => None,
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let judged = match runtime.block_on(run::run(scenario, &size, seed, net, &work)) {
+        Ok(judged) => judged,
+        Err(error) => {
+            entry.result = RunResult::Failed;
+            keep(&arguments.out, entry)?;
+            return Err(error);
+        }
+    };
+    print!("{}", report::text(&judged, !arguments.expect_caught));
+    let passed = report::passed(&judged.verdicts);
+    entry.result = if passed { RunResult::Passed } else { RunResult::Failed };
+    entry.timeline = Timeline::of(&judged.history);
+    entry.verdicts = judged.verdicts;
+    entry.seconds = began.elapsed().as_secs_f64();
+    println!(
+        "  {} in {:.0} s; {}",
+        if passed { "PASSED" } else { "FAILED" },
+        entry.seconds,
+        judged.file.display()
+    );
+    // A slow or shaky machine proves nothing: only a broken promise about data does.
+    let is_proof = |checker: &str| !["coverage", "availability"].contains(&checker);
+    let is_caught = entry
+        .verdicts
+        .iter()
+        .any(|verdict| verdict.judgement == Judgement::Invalid && is_proof(&verdict.checker));
+    if arguments.expect_caught {
+        println!("  the planted bug was {}", if is_caught { "caught" } else { "NOT caught" });
+        return Ok(is_caught);
+    }
+    keep(&arguments.out, entry)?;
+    Ok(passed)
+}
+
+/// Why a scenario cannot run here, if it cannot.
+fn missing(scenario: Option<&Scenario>) -> Option<String> {
+    scenario?.faults.iter().find_map(|fault| {
+        let error = doctor::probe(fault.need()).err()?;
+        Some(format!("{}: {error:#}", fault.name()))
+    })
+}
+
+/// An empty folder, whatever a run before has left there.
+fn clear(dir: &Path) -> Result<()> {
+    if dir.exists() {
+        let is_ours = dir.join("history.jsonl.zst").exists() || std::fs::read_dir(dir)?.next().is_none();
+        let is_ours = is_ours || dir.join("n1").exists();
+        ensure!(is_ours, "{} is not a folder of a run", dir.display());
+        unmount_below(&dir.canonicalize()?)?;
+        std::fs::remove_dir_all(dir).with_context(|| format!("remove {}", dir.display()))?;
+    }
+    std::fs::create_dir_all(dir)?;
+    Ok(())
+}
+
+/// A run that was killed has left its disks mounted.
+fn unmount_below(dir: &Path) -> Result<()> {
+    let mounts = std::fs::read_to_string("/proc/self/mounts")?;
+    for path in mounts.lines().filter_map(|line| line.split(' ').nth(1)) {
+        if Path::new(path).starts_with(dir) {
+            let status = std::process::Command::new("umount").arg("-l").arg(path).status()?;
+            ensure!(status.success(), "{path} cannot be unmounted");
+        }
+    }
+    Ok(())
+}
+
+fn results_file(out: &Path) -> PathBuf {
+    out.join("results.json")
+}
+
+fn results(out: &Path) -> Result<Vec<Entry>> {
+    match std::fs::read(results_file(out)) {
+        Ok(bytes) => serde_json::from_slice(&bytes).context("results.json"),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => bail!("{}: {error}", results_file(out).display()),
+    }
+}
+
+/// Adds an entry to the results, in place of an older one of the same scenario.
+fn keep(out: &Path, entry: Entry) -> Result<()> {
+    std::fs::create_dir_all(out)?;
+    let mut entries = results(out)?;
+    entries.retain(|known| known.scenario != entry.scenario);
+    entries.push(entry);
+    entries.sort_by(|a, b| (a.row, &a.scenario).cmp(&(b.row, &b.scenario)));
+    std::fs::write(results_file(out), serde_json::to_vec_pretty(&entries)?)?;
+    Ok(())
+}
+
+fn write_page(out: &Path) -> Result<()> {
+    let entries = results(out)?;
+    ensure!(!entries.is_empty(), "{} has no results", out.display());
+    let facts = machine::describe();
+    let fact = |name: &str| facts.iter().find(|(known, _)| *known == name).map_or("", |(_, fact)| fact);
+    let page = report::html(&entries, fact("machine"), fact("date"));
+    let path = out.join("report.html");
+    std::fs::write(&path, page)?;
+    print!("{}", report::markdown(&entries));
+    println!("{}", path.display());
+    Ok(())
+}

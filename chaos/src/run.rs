@@ -1,0 +1,314 @@
+//! One run: set up, calm, faults, heal, converge, read everything on every node, judge.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result};
+use rand::rngs::StdRng;
+use rand::seq::SliceRandom;
+use rand::{RngExt, SeedableRng};
+use shoal_tests::Client;
+use tokio::task::JoinHandle;
+
+use crate::caller::Caller;
+use crate::checkers::{self, Verdict};
+use crate::cluster::{Cluster, Kit};
+use crate::faults::net::Net;
+use crate::faults::{self, Fault, Need};
+use crate::history::{Call, Header, History, Level, Phase, Recorder, Sample};
+use crate::scenario::{Scenario, Size};
+use crate::workloads::{Clients, Crowd, Source};
+
+/// The time before the first fault.
+const CALM: Duration = Duration::from_secs(3);
+/// How long the cluster may take to settle at first.
+const SETUP_LIMIT: Duration = Duration::from_secs(60);
+/// How long a node may take to be whole again after a bit has flipped.
+const REPAIR_LIMIT: Duration = Duration::from_secs(60);
+/// How often nodes are asked about their groups.
+const PROBE_EVERY: Duration = Duration::from_millis(200);
+/// How often a final read is tried.
+const FINAL_ATTEMPTS: u32 = 5;
+
+/// A run that was judged.
+#[derive(Debug)]
+pub struct Judged {
+    /// What happened.
+    pub history: History,
+    /// What the checkers say.
+    pub verdicts: Vec<Verdict>,
+    /// Where the history is.
+    pub file: PathBuf,
+}
+
+/// Runs a scenario in a folder of its own and judges it. The nodes' logs and data stay there.
+///
+/// # Errors
+/// When the run itself cannot be done; a broken promise is a verdict, not an error.
+pub async fn run(
+    scenario: &Scenario,
+    size: &Size,
+    seed: u64,
+    net: Option<Net>,
+    dir: &Path,
+) -> Result<Judged> {
+    std::fs::create_dir_all(dir)?;
+    let env: Vec<(String, String)> = scenario.env.clone().into_iter().collect();
+    let kit = Kit {
+        disk: scenario.disk,
+        has_clocks: scenario.needs(Need::Clock),
+        has_limits: scenario.needs(Need::Limits),
+    };
+    let mut cluster = Cluster::create(dir, size.nodes, net, kit, &env)?;
+    for at in 0..cluster.len() {
+        cluster.start(at)?;
+    }
+    cluster.settled(SETUP_LIMIT).await.context("the cluster does not come up")?;
+    cluster.create_collection(scenario.shards.unwrap_or(scenario.workload.shards())).await?;
+    cluster.settled(SETUP_LIMIT).await.context("the collection does not come up")?;
+
+    let header = Header {
+        scenario: scenario.name.clone(),
+        seed,
+        version: cluster.version().await?,
+        began_at: seconds_since_1970(),
+        nodes: size.nodes,
+        checkers: scenario.checkers.clone(),
+        required: scenario.required(size),
+        least_ok: size.least_ok,
+        longest_gap_ms: scenario.longest_gap_ms,
+        most_elections: scenario.most_elections,
+        most_growth_percent_per_hour: size.most_growth_percent_per_hour,
+        ..Header::default()
+    };
+    let file = dir.join("history.jsonl.zst");
+    let recorder = Arc::new(Recorder::create(&file, &header)?);
+    let watchers = [monitor(&cluster, &recorder), count(&cluster, &recorder), measure(&cluster, &recorder)];
+    let pause = Duration::from_secs_f64(size.clients as f64 / size.rate as f64);
+    let source = Source { clients: cluster.clients(), recorder: recorder.clone(), seed };
+    let clients = Clients::start(&source, scenario.workload, 0..size.clients, pause);
+    cluster.crowd = Some(Crowd::new(source, size.clients));
+
+    tokio::time::sleep(CALM).await;
+    strike(scenario, size, seed, &mut cluster, &recorder).await?;
+    let patience = Duration::from_secs(size.patience);
+    if let Err(error) = cluster.settled_under_load(patience).await {
+        recorder.fault("not_settled", Phase::Wrong, &format!("after {patience:?}: {error:#}"));
+    }
+    clients.join().await;
+    if let Some(crowd) = cluster.crowd.take() {
+        crowd.join().await;
+    }
+    if let Err(error) = cluster.settled(patience).await {
+        recorder.fault("not_converged", Phase::Wrong, &format!("after {patience:?}: {error:#}"));
+    }
+    read_everything(&cluster.clients(), &recorder, seed).await;
+    tokio::time::sleep(2 * PROBE_EVERY).await;
+    watchers.iter().for_each(JoinHandle::abort);
+    for panic in cluster.panics() {
+        let is_expected = scenario.expected_panics.as_ref().is_some_and(|place| panic.contains(place));
+        let phase = if is_expected { Phase::Moment } else { Phase::Wrong };
+        recorder.fault("panic", phase, &panic);
+    }
+    recorder.finish()?;
+    drop(cluster);
+    judge(&file)
+}
+
+/// Judges a history file.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn judge(file: &Path) -> Result<Judged> {
+    let history = History::read(file)?;
+    let verdicts = checkers::judge(&history)?;
+    Ok(Judged { history, verdicts, file: file.to_owned() })
+}
+
+/// The faults, one after the other: each kind once in a shuffled round, then the next round.
+async fn strike(
+    scenario: &Scenario,
+    size: &Size,
+    seed: u64,
+    cluster: &mut Cluster,
+    recorder: &Recorder,
+) -> Result<()> {
+    let mut coin = StdRng::seed_from_u64(seed);
+    let lasts = Duration::from_secs(size.seconds);
+    if scenario.faults.is_empty() {
+        tokio::time::sleep(lasts).await;
+        return Ok(());
+    }
+    let end = Instant::now() + lasts;
+    let mut round: Vec<Fault> = Vec::new();
+    let between = |(from, to): (u64, u64), coin: &mut StdRng| {
+        Duration::from_millis(coin.random_range(1000 * from..=1000 * to))
+    };
+    while Instant::now() < end {
+        if round.is_empty() {
+            round.clone_from(&scenario.faults);
+            round.shuffle(&mut coin);
+        }
+        let Some(fault) = round.pop() else { break };
+        let name = fault.name();
+        for crash in cluster.crashed()? {
+            recorder.fault("crashed", Phase::Wrong, &crash);
+        }
+        if fault.takes_a_replica()
+            && let Err(error) = cluster.settled_under_load(REPAIR_LIMIT).await
+        {
+            recorder.fault("not_repaired", Phase::Wrong, &format!("after {REPAIR_LIMIT:?}: {error:#}"));
+        }
+        match fault.inject(cluster, &mut coin).await {
+            Ok(injected) => {
+                recorder.fault(&name, Phase::Begin, &injected.detail);
+                if let Some(wrong) = injected.wrong {
+                    recorder.fault(wrong.name, Phase::Wrong, &wrong.detail);
+                }
+            }
+            Err(error) => recorder.fault("cannot_inject", Phase::Wrong, &format!("{name}: {error:#}")),
+        }
+        tokio::time::sleep(between(size.hold, &mut coin)).await;
+        if !fault.ends_processes() {
+            for crash in cluster.crashed()? {
+                recorder.fault("crashed", Phase::Wrong, &format!("during {name}: {crash}"));
+            }
+        }
+        let damage = faults::heal(cluster).with_context(|| format!("heal {name}"))?;
+        recorder.fault(&name, Phase::End, &damage);
+        tokio::time::sleep(between(size.pause, &mut coin)).await;
+    }
+    Ok(())
+}
+
+/// What is there in the end: on every node from its own replicas, and once by agreement.
+async fn read_everything(clients: &[Client], recorder: &Arc<Recorder>, seed: u64) {
+    for node in 0..clients.len() {
+        for level in [Level::Eventual, Level::Linearizable] {
+            let mut is_read = false;
+            for _ in 0..FINAL_ATTEMPTS {
+                let mut caller = Caller::new(clients, recorder.clone(), seed);
+                is_read = caller.call(node, Call::List { level }).await.is_some();
+                if is_read {
+                    break;
+                }
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+            if !is_read {
+                let detail = format!("n{} does not list what it has at {level:?}", node + 1);
+                recorder.fault("no_final_read", Phase::Wrong, &detail);
+            }
+        }
+    }
+}
+
+/// What nodes count that a scenario may have to provoke, and the name of it in a history.
+const COUNTED: [(&str, &str); 3] = [
+    ("shoal_raft_snapshots_installed_total", "snapshot-installed"),
+    ("shoal_shard_rebuilds_total", "replica-rebuilt"),
+    ("shoal_node_rejoins_total", "node-rejoined"),
+];
+/// How often nodes are asked for what they count.
+const COUNT_EVERY: Duration = Duration::from_secs(1);
+
+/// Asks every node for what it counts, again and again, and records what was added.
+fn count(cluster: &Cluster, recorder: &Arc<Recorder>) -> JoinHandle<()> {
+    let clients = cluster.clients();
+    let recorder = recorder.clone();
+    tokio::spawn(async move {
+        let mut known: BTreeMap<(usize, &str), f64> = BTreeMap::new();
+        loop {
+            for (at, client) in clients.iter().enumerate() {
+                for (metric, name) in COUNTED {
+                    let asked = tokio::time::timeout(COUNT_EVERY, client.metric(metric)).await;
+                    let Ok(Ok(count)) = asked else { continue };
+                    let before = known.insert((at, name), count).unwrap_or_default();
+                    // Less than before: the node began anew.
+                    let added = if count < before { count } else { count - before };
+                    for _ in 0..added as u64 {
+                        recorder.fault(name, Phase::Moment, &format!("n{}", at + 1));
+                    }
+                }
+            }
+            tokio::time::sleep(COUNT_EVERY).await;
+        }
+    })
+}
+
+/// How often it is looked up what processes hold.
+const MEASURE_EVERY: Duration = Duration::from_secs(2);
+
+/// Looks up what every node's process holds of the machine, again and again.
+fn measure(cluster: &Cluster, recorder: &Arc<Recorder>) -> JoinHandle<()> {
+    let pids: Vec<_> = cluster.members.iter().map(|member| member.pid.clone()).collect();
+    let recorder = recorder.clone();
+    tokio::spawn(async move {
+        loop {
+            for (node, pid) in pids.iter().enumerate() {
+                // A process that has ended holds nothing.
+                if let Some((rss_bytes, files)) = usage_of(pid.load(Ordering::Relaxed)) {
+                    recorder.usage(node, rss_bytes, files);
+                }
+            }
+            tokio::time::sleep(MEASURE_EVERY).await;
+        }
+    })
+}
+
+/// Resident bytes and open files of a process, as far as the kernel tells.
+fn usage_of(pid: u32) -> Option<(u64, u32)> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
+    let files = std::fs::read_dir(format!("/proc/{pid}/fd")).ok()?.count();
+    Some((kib << 10, files as u32))
+}
+
+/// Asks every node about its groups, again and again.
+fn monitor(cluster: &Cluster, recorder: &Arc<Recorder>) -> JoinHandle<()> {
+    let clients = cluster.clients();
+    let runs: Vec<_> = cluster.members.iter().map(|member| member.runs.clone()).collect();
+    let recorder = recorder.clone();
+    tokio::spawn(async move {
+        let mut latest: BTreeMap<(u64, u64), Sample> = BTreeMap::new();
+        loop {
+            let ask = clients.iter().zip(&runs).map(|(client, runs)| async move {
+                // Counted before the question, so that an answer is never put to a later run.
+                let run = runs.load(Ordering::Relaxed);
+                let view = tokio::time::timeout(Duration::from_secs(1), shoal_tests::view::of(client)).await;
+                Some((run, view.ok()?.ok()?))
+            });
+            for (run, view) in futures::future::join_all(ask).await.into_iter().flatten() {
+                for group in view.groups {
+                    let sample = Sample {
+                        node: view.node.id,
+                        run,
+                        group: group.group,
+                        is_leader: group.is_leader(),
+                        term: group.term,
+                        purged: group.purged,
+                        checkpoint: group.checkpoint,
+                        applied: group.applied,
+                        last: group.last_index,
+                        hash: group.state_sum.map(|sum| (sum.index, sum.sum)),
+                    };
+                    let key = (sample.node, sample.group);
+                    if latest.get(&key) != Some(&sample) {
+                        latest.insert(key, sample.clone());
+                        recorder.probe(sample);
+                    }
+                }
+            }
+            tokio::time::sleep(PROBE_EVERY).await;
+        }
+    })
+}
+
+fn seconds_since_1970() -> u64 {
+    #[expect(clippy::disallowed_methods, reason = "the date of a run is for people")]
+    let now = SystemTime::now();
+    now.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}

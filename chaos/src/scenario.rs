@@ -1,0 +1,230 @@
+//! What to run: one file for each row of the matrix, in a size for CI and one for the night.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use serde::Deserialize;
+
+use crate::checkers;
+use crate::cluster::DiskKind;
+use crate::faults::{Fault, Need};
+use crate::workloads::Workload;
+
+/// A scenario file.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Scenario {
+    /// Its name; the file is called after it.
+    #[serde(skip)]
+    pub name: String,
+    /// The row of the matrix.
+    pub row: u32,
+    /// What is promised, in a sentence.
+    pub promise: String,
+    /// What clients do.
+    pub workload: Workload,
+    /// Who judges.
+    pub checkers: Vec<String>,
+    /// The faults, of which one at a time strikes.
+    #[serde(default)]
+    pub faults: Vec<Fault>,
+    /// What the nodes' data is on.
+    #[serde(default)]
+    pub disk: DiskKind,
+    /// Environment of the nodes.
+    #[serde(default)]
+    pub env: BTreeMap<String, String>,
+    /// Panics at places that contain this are expected and caught by the node: sled panics on
+    /// some kinds of damage, raft-engine when fsync fails.
+    pub expected_panics: Option<String>,
+    /// Figures of coverage that must reach so much, besides that every fault strikes: a run in
+    /// which nobody saw a 507 proves nothing about full disks.
+    #[serde(default)]
+    pub must_see: BTreeMap<String, u64>,
+    /// Shards of the collection, instead of what the workload wants.
+    pub shards: Option<u32>,
+    /// How many leaders may be elected after the first of each group, where that is promised.
+    pub most_elections: Option<u64>,
+    /// The longest time without an acknowledged write, in milliseconds, where that is promised.
+    pub longest_gap_ms: Option<u64>,
+    /// In minutes.
+    pub ci: Size,
+    /// Through the night.
+    pub nightly: Size,
+}
+
+/// How large a run is.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Size {
+    /// Nodes.
+    #[serde(default = "three")]
+    pub nodes: usize,
+    /// Seconds in which faults strike.
+    pub seconds: u64,
+    /// Clients.
+    #[serde(default = "ten")]
+    pub clients: u64,
+    /// Operations a second of all clients together, at most.
+    #[serde(default = "rate")]
+    pub rate: u64,
+    /// Seconds that a fault lasts: from, to.
+    #[serde(default = "span")]
+    pub hold: (u64, u64),
+    /// Seconds between two faults: from, to.
+    #[serde(default = "span")]
+    pub pause: (u64, u64),
+    /// Seconds that the cluster may take to settle after the last fault, and again to converge.
+    #[serde(default = "patience")]
+    pub patience: u64,
+    /// How often each fault must have struck.
+    #[serde(default)]
+    pub each: u64,
+    /// How much a node's memory may grow in an hour, in percent; only long runs can tell.
+    pub most_growth_percent_per_hour: Option<f64>,
+    /// The least number of operations that must have succeeded.
+    #[serde(default = "least_ok")]
+    pub least_ok: u64,
+}
+
+fn three() -> usize {
+    3
+}
+
+fn ten() -> u64 {
+    10
+}
+
+fn rate() -> u64 {
+    300
+}
+
+fn span() -> (u64, u64) {
+    (3, 5)
+}
+
+fn patience() -> u64 {
+    30
+}
+
+fn least_ok() -> u64 {
+    1000
+}
+
+impl Scenario {
+    /// Reads a scenario from its text.
+    ///
+    /// # Errors
+    /// When it is not one, or names a checker or disk that does not fit.
+    pub fn parse(name: &str, text: &str) -> Result<Scenario> {
+        let mut scenario: Scenario = toml::from_str(text).with_context(|| format!("scenario {name}"))?;
+        scenario.name = name.to_owned();
+        for checker in &scenario.checkers {
+            ensure!(checkers::NAMES.contains(&checker.as_str()), "scenario {name}: no checker {checker}");
+        }
+        for fault in &scenario.faults {
+            let disk = fault.disk();
+            let fits = disk == DiskKind::Plain || disk == scenario.disk;
+            ensure!(fits, "scenario {name}: {} needs the disk {disk:?}", fault.name());
+        }
+        Ok(scenario)
+    }
+
+    /// The scenarios that ship with this program, by row.
+    ///
+    /// # Errors
+    /// When one is wrong; a test sees to it that none is.
+    pub fn shipped() -> Result<Vec<Scenario>> {
+        let scenarios = SHIPPED.iter().map(|(name, text)| Scenario::parse(name, text));
+        Ok(by_row(scenarios.collect::<Result<_>>()?))
+    }
+
+    /// All scenarios of a folder, by row.
+    ///
+    /// # Errors
+    /// When one cannot be read.
+    pub fn all(dir: &Path) -> Result<Vec<Scenario>> {
+        let mut scenarios = Vec::new();
+        for entry in std::fs::read_dir(dir).with_context(|| dir.display().to_string())? {
+            let path = entry?.path();
+            if path.extension().is_some_and(|extension| extension == "toml") {
+                let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+                let name = path.file_stem().unwrap_or_default().to_string_lossy();
+                scenarios.push(Scenario::parse(&name, &text)?);
+            }
+        }
+        Ok(by_row(scenarios))
+    }
+
+    /// Whether one of its faults needs that.
+    pub fn needs(&self, need: Need) -> bool {
+        self.faults.iter().any(|fault| fault.need() == need)
+    }
+
+    /// Figures of coverage, and the least that they must be: each fault struck so often.
+    pub fn required(&self, size: &Size) -> BTreeMap<String, u64> {
+        let struck = self.faults.iter().map(|fault| (format!("fault_{}", fault.name()), size.each));
+        struck.chain(self.must_see.clone()).collect()
+    }
+}
+
+/// Names and texts of the files in `scenarios/`.
+macro_rules! shipped {
+    ($($name:literal)*) => { &[$(($name, include_str!(concat!("../scenarios/", $name, ".toml")))),*] };
+}
+
+const SHIPPED: &[(&str, &str)] = shipped!(
+    "baseline"
+    "batches"
+    "bit-flips"
+    "bridge"
+    "cables"
+    "clocks"
+    "crash-points"
+    "disk-full"
+    "everything"
+    "failing-sync"
+    "kill-all"
+    "kill-leader"
+    "kill-minority"
+    "one-way"
+    "overload"
+    "power-cut"
+    "rejoin"
+    "retries"
+    "rolling-restart"
+    "search"
+    "sessions"
+    "snapshots"
+    "soak"
+    "split-brain"
+    "torn-writes"
+    "zombie-leader"
+);
+
+fn by_row(mut scenarios: Vec<Scenario>) -> Vec<Scenario> {
+    scenarios.sort_by(|a, b| (a.row, &a.name).cmp(&(b.row, &b.name)));
+    scenarios
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_scenario_that_ships_can_be_read() {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("scenarios");
+        let scenarios = Scenario::all(&dir).expect("all are right");
+        let names = |scenarios: &[Scenario]| -> Vec<String> {
+            scenarios.iter().map(|scenario| scenario.name.clone()).collect()
+        };
+        let shipped = Scenario::shipped().expect("the same");
+        assert_eq!(names(&scenarios), names(&shipped), "every file ships");
+        for scenario in scenarios {
+            let (ci, nightly) = (&scenario.ci, &scenario.nightly);
+            assert!(ci.seconds <= nightly.seconds, "{}: the night is shorter than CI", scenario.name);
+            assert!(scenario.faults.is_empty() || ci.each > 0, "{}: no fault has to strike", scenario.name);
+        }
+    }
+}
