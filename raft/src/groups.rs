@@ -188,6 +188,9 @@ impl Groups {
         let raft = Raft::new(self.inner.node, self.inner.config.clone(), network, log.clone(), machine)
             .await
             .map_err(|error| stopped(error.to_string()))?;
+        // Its metrics are those of an empty log until the core has begun; an answer from the core
+        // says that it has. Who asked earlier would think that this replica has forgotten all.
+        raft.is_initialized().await.map_err(|error| stopped(error.to_string()))?;
         let members = raft.metrics().borrow_watched().membership_config.membership().nodes().count();
         log.company().note_first(members);
         let (node, peers) = (self.inner.node, self.inner.peers.clone());
