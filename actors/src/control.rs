@@ -122,8 +122,9 @@ impl StateMachine for Control {
         let body = bytes.get(8..bytes.len().saturating_sub(8)).unwrap_or_default();
         let mut fresh = unseal(body)?;
         fresh.tag = Some(tag);
-        self.save(&fresh)?;
+        // A checkpoint writes the same file.
         let mut held = self.held.lock();
+        self.save(&fresh)?;
         *held = fresh;
         self.changes.send_replace(Arc::new(held.state.clone()));
         Ok(())

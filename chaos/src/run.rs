@@ -177,8 +177,11 @@ async fn strike(
                 recorder.fault("crashed", Phase::Wrong, &format!("during {name}: {crash}"));
             }
         }
-        let damage = faults::heal(cluster).with_context(|| format!("heal {name}"))?;
-        recorder.fault(&name, Phase::End, &damage);
+        let suffered = faults::heal(cluster).with_context(|| format!("heal {name}"))?;
+        recorder.fault(&name, Phase::End, "");
+        for (what, count) in suffered.into_iter().flatten().filter(|(_, count)| *count > 0) {
+            recorder.fault(what, Phase::Moment, &format!("{count} during {name}"));
+        }
         tokio::time::sleep(between(size.pause, &mut coin)).await;
     }
     Ok(())

@@ -23,6 +23,7 @@ use crate::log::{GroupLog, LogStore};
 use crate::machine::{FrameFile, Machine, ReceivedFile, SnapshotData, StateMachine, Tag};
 use crate::membership::{Members, Step, next_step};
 use crate::network::{Lane, Network, Peers, pieces};
+use crate::runtime::blocking;
 use crate::staleness::Heard;
 use crate::types::{Payload, SnapshotMetaOf, SnapshotOf, TypeConfig, VoteOf};
 
@@ -30,6 +31,12 @@ use crate::types::{Payload, SnapshotMetaOf, SnapshotOf, TypeConfig, VoteOf};
 const MAX_LAG: u64 = 1000;
 /// How recently a learner must have answered when it gets a vote.
 const HEARD_LATELY: Duration = Duration::from_secs(2);
+/// How long a leader may take to say who is in its group.
+const MEMBERSHIP_TIMEOUT: Duration = Duration::from_secs(1);
+/// The most entries that wait to be purged together.
+const PURGE_BATCH: u64 = 256;
+/// After so long without a new leader another member is asked to lead.
+const TRANSFER_RETRY: Duration = Duration::from_millis(500);
 
 /// Timers and limits of every group.
 #[derive(Clone, Debug)]
@@ -144,7 +151,7 @@ impl Groups {
             max_payload_entries: 256,
             snapshot_policy: SnapshotPolicy::LogsSinceLast(config.checkpoint_entries),
             max_in_snapshot_log_to_keep: config.keep_entries,
-            purge_batch_size: 256,
+            purge_batch_size: config.keep_entries.clamp(1, PURGE_BATCH),
             enable_pre_vote: Some(true),
             // A restarted leader must be elected again: its state may be behind what it had
             // committed, and its lease is gone.
@@ -222,10 +229,40 @@ impl Groups {
         }
     }
 
-    /// Stops a group's replica on this node and forgets its log.
-    pub async fn remove(&self, id: GroupId) -> io::Result<()> {
+    /// Stops the replica of a group that is no more and forgets its log.
+    pub async fn forget(&self, id: GroupId) -> io::Result<()> {
         self.close(id).await;
         self.inner.log.forget(id).await
+    }
+
+    /// Stops the replica of a group that has let this node go and drops its log. What is kept of it
+    /// makes it safe to come back.
+    pub async fn leave(&self, id: GroupId) -> io::Result<()> {
+        self.close(id).await;
+        self.inner.log.group(id).await?.leave().await
+    }
+
+    /// The shards' groups that this node has a replica of, whether it is open or not.
+    pub async fn held(&self) -> io::Result<BTreeSet<GroupId>> {
+        let mut held: BTreeSet<GroupId> = self.inner.log.groups().await?.into_iter().collect();
+        held.extend(self.inner.groups.read().keys());
+        held.remove(&GroupId::CONTROL);
+        Ok(held)
+    }
+
+    /// Whether a group has let this node go, by the word of its leader, who is one of these. A node
+    /// that is let go is not told: nothing more is sent to it.
+    ///
+    /// What a replica acknowledges after the answer may count again, if the node is taken back. So
+    /// before it is dropped it is closed, and then this is asked once more.
+    pub async fn was_let_go(&self, id: GroupId, among: &BTreeSet<NodeId>) -> bool {
+        for node in among.iter().filter(|node| **node != self.node()) {
+            let asked = self.peers().has_let_go(id, *node, self.node(), MEMBERSHIP_TIMEOUT);
+            if let Some(answer) = asked.await {
+                return answer;
+            }
+        }
+        false
     }
 
     /// Serves one Raft message from a peer.
@@ -240,6 +277,10 @@ impl Groups {
         if kind == RaftKind::Sleep {
             let answer = group.agree_to_sleep(&read(&message.body)?);
             return Ok(RaftReply { body: codec::encode(&answer).into() });
+        }
+        if matches!(kind, RaftKind::Vote | RaftKind::PreVote) && !group.log.may_vote() {
+            let reason = "this replica is catching up with what it had before".to_owned();
+            return Err(Error::Timeout { group: id, reason });
         }
         if kind == RaftKind::PreVote && group.refuses_pre_vote() {
             let reason = "the group sleeps under a leader that lives".to_owned();
@@ -273,6 +314,7 @@ impl Groups {
                 let answer = raft.handle_transfer_leader(read(body)?).await;
                 codec::encode(&answer.map_err(|e| stopped(e.to_string()))?)
             }
+            RaftKind::Membership => codec::encode(&group.has_let_go(read(body)?).await?),
             RaftKind::Sleep | RaftKind::Unspecified => return Err(Error::BadMessage("no kind".into())),
         };
         Ok(RaftReply { body: reply.into() })
@@ -282,9 +324,8 @@ impl Groups {
     pub async fn state_pieces(&self, id: GroupId) -> Result<impl Stream<Item = Piece> + Send + use<>, Error> {
         let group = self.get(id)?;
         let stopped = |reason: String| Error::Stopped { group: id, reason };
-        let exported = tokio::task::spawn_blocking(move || group.state.export()).await;
-        let (tag, export) =
-            exported.map_err(io::Error::other).flatten().map_err(|error| stopped(error.to_string()))?;
+        let exported = blocking(move || group.state.export()).await;
+        let (tag, export) = exported.map_err(|error| stopped(error.to_string()))?;
         let tag = tag.ok_or_else(|| stopped("nothing was applied here yet".into()))?;
         Ok(pieces(tag.into(), export.into()))
     }
@@ -333,14 +374,16 @@ impl Groups {
             }
             whole = body.is_empty();
             if !whole {
-                tokio::task::block_in_place(|| frames.write(body)).map_err(|error| broken(&error))?;
+                let body = piece.data.slice(4..);
+                let written = blocking(move || frames.write(&body).map(|()| frames)).await;
+                frames = written.map_err(|error| broken(&error))?;
             }
         }
         let header = header.ok_or_else(|| broken(&"no header"))?;
         if !whole {
             return Err(broken(&"it ended early"));
         }
-        let received = tokio::task::block_in_place(|| frames.finish()).map_err(|error| broken(&error))?;
+        let received = blocking(|| frames.finish()).await.map_err(|error| broken(&error))?;
         Ok((header, received))
     }
 
@@ -404,8 +447,11 @@ impl Group {
     }
 
     /// Starts a new group with these voters. Harmless when the group has started already, and
-    /// when several of the voters do it with the same set.
+    /// when several of the voters do it with the same set, and when this node was a member before.
     pub async fn initialize(&self, voters: &BTreeSet<NodeId>) -> Result<(), Error> {
+        if self.log.has_left() {
+            return Ok(());
+        }
         let members: BTreeMap<NodeId, EmptyNode> = voters.iter().map(|&node| (node, EmptyNode {})).collect();
         match self.raft.initialize(members).await {
             Ok(()) | Err(RaftError::APIError(openraft::errors::InitializeError::NotAllowed(_))) => Ok(()),
@@ -532,10 +578,34 @@ impl Group {
         self.raft.trigger().elect(false).await.map_err(|error| self.stopped(error))
     }
 
-    /// Hands leadership to a member.
+    /// Hands leadership to a member, or to another one if that one does not take it.
     pub async fn transfer_leader(&self, to: NodeId) -> Result<(), Error> {
+        self.ask_to_lead(to).await?;
+        let (group, term) = (self.clone(), self.status().term);
+        tokio::spawn(async move { group.insist_on_transfer(term).await });
+        Ok(())
+    }
+
+    async fn ask_to_lead(&self, heir: NodeId) -> Result<(), Error> {
         self.wake();
-        self.raft.trigger().transfer_leader(to).await.map_err(|error| self.stopped(error))
+        self.raft.trigger().transfer_leader(heir).await.map_err(|error| self.stopped(error))
+    }
+
+    /// openraft takes no proposals once it has asked somebody to lead, and asks once: were the
+    /// question lost, or the heir behind or dead, the group would take no writes while this node lives.
+    async fn insist_on_transfer(&self, term: u64) {
+        for turn in 0.. {
+            tokio::time::sleep(TRANSFER_RETRY).await;
+            let status = self.status();
+            let heirs: Vec<NodeId> =
+                status.voters.iter().copied().filter(|voter| *voter != self.node).collect();
+            if status.role != "leader" || status.term != term || heirs.is_empty() {
+                return;
+            }
+            if self.ask_to_lead(heirs[turn % heirs.len()]).await.is_err() {
+                return;
+            }
+        }
     }
 
     /// Makes a checkpoint, after which the log can be purged.
@@ -580,6 +650,17 @@ impl Group {
         };
         self.raft.change_membership(change, true).await.map_err(|error| refused(&error))?;
         Ok(false)
+    }
+
+    /// Whether the group has let a node go: only a leader that a quorum confirms knows.
+    async fn has_let_go(&self, node: NodeId) -> Result<bool, Error> {
+        self.read_index(MEMBERSHIP_TIMEOUT).await?;
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        let config = &metrics.membership_config;
+        let is_committed = config.log_id().as_ref() <= metrics.last_applied.as_ref();
+        let is_joint = config.membership().get_joint_config().len() > 1;
+        Ok(is_committed && !is_joint && config.membership().get_node(&node).is_none())
     }
 
     /// Whether a member has acknowledged something of this leader lately.

@@ -18,18 +18,18 @@
 //! wakes and is heard before the next round.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures::future::join_all;
 use openraft::ServerState;
 use openraft::async_runtime::WatchReceiver;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
-use shoal_proto::peer::BeatRequest;
 use shoal_proto::{GroupId, NodeId};
+use tokio::time::Instant;
 
 use crate::groups::{Group, Groups};
-use crate::network::{Lane, Peers};
+use crate::network::Peers;
 
 /// How often a node asks each other node whether it lives.
 pub const BEAT: Duration = Duration::from_millis(100);
@@ -167,10 +167,8 @@ fn stagger(group: GroupId, node: NodeId) -> Duration {
 }
 
 async fn beat(peers: &Peers, node: NodeId) -> Option<u64> {
-    let mut client = peers.client(node, Lane::Fast).ok()?;
-    let request = BeatRequest { target: node.0 };
-    let answered = tokio::time::timeout(BEAT_TIMEOUT, client.beat(request)).await;
-    Some(answered.ok()?.ok()?.into_inner().boot)
+    let answered = tokio::time::timeout(BEAT_TIMEOUT, peers.wire().beat(node)).await;
+    answered.ok()?.ok()
 }
 
 impl Group {

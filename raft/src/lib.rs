@@ -33,6 +33,9 @@ pub mod log;
 pub mod machine;
 mod membership;
 pub mod network;
+mod runtime;
+#[cfg(test)]
+mod simulation;
 mod staleness;
 mod types;
 

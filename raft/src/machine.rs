@@ -17,6 +17,7 @@ use openraft::{EntryPayload, OptionalSend};
 use serde::{Deserialize, Serialize};
 use shoal_proto::codec;
 
+use crate::runtime::blocking;
 use crate::types::{LogIdOf, Reply, SnapshotMetaOf, SnapshotOf, StoredMembershipOf, TypeConfig};
 
 /// The most entries that are applied in one step of the blocking pool.
@@ -165,7 +166,7 @@ impl Machine {
         work: impl FnOnce(&dyn StateMachine) -> io::Result<T> + Send + 'static,
     ) -> io::Result<T> {
         let inner = self.inner.clone();
-        tokio::task::spawn_blocking(move || work(inner.as_ref())).await.map_err(io::Error::other)?
+        blocking(move || work(inner.as_ref())).await
     }
 
     async fn apply_batch(

@@ -7,6 +7,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures::StreamExt;
+use futures::future::BoxFuture;
+use futures::stream::BoxStream;
 use openraft::errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable};
 use openraft::network::{RPCOption, RaftNetworkFactory, v2::RaftNetworkV2};
 use openraft::raft::{
@@ -18,12 +21,14 @@ use parking_lot::RwLock;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use shoal_proto::peer::peer_client::PeerClient;
-use shoal_proto::peer::{Piece, RaftKind, RaftMessage};
+use shoal_proto::peer::{BeatRequest, Piece, RaftKind, RaftMessage, RaftReply};
 use shoal_proto::{GroupId, NodeId, codec};
+use tonic::Status;
 use tonic::transport::{Channel, ClientTlsConfig, Endpoint};
 
 use crate::idle::{Beats, Sleep};
 use crate::machine::{Export, SnapshotData};
+use crate::runtime::blocking;
 use crate::types::{SnapshotOf, TypeConfig, VoteOf};
 
 /// The largest gRPC message between peers, in bytes.
@@ -45,46 +50,70 @@ pub enum Lane {
     Bulk,
 }
 
-/// Channels to all peers, by node. Addresses follow the cluster's state.
-#[derive(Clone)]
-pub struct Peers {
-    inner: Arc<Inner>,
+/// Whatever carries the messages of Raft itself to another node.
+pub(crate) trait Wire: Send + Sync + 'static {
+    /// A message of one group, and what the node answers.
+    fn raft(&self, to: NodeId, message: RaftMessage) -> BoxFuture<'_, Result<RaftReply, Status>>;
+
+    /// A snapshot in pieces, of which the first has a header.
+    fn snapshot(
+        &self,
+        to: NodeId,
+        pieces: BoxStream<'static, Piece>,
+    ) -> BoxFuture<'_, Result<RaftReply, Status>>;
+
+    /// Whether the node lives: the number of its process's run.
+    fn beat(&self, to: NodeId) -> BoxFuture<'_, Result<u64, Status>>;
 }
 
-struct Inner {
+/// gRPC channels by node. Addresses follow the cluster's state.
+struct Channels {
     tls: ClientTlsConfig,
-    /// Another number after every start of the process.
-    boot: u64,
-    beats: Beats,
     addresses: RwLock<HashMap<NodeId, String>>,
     channels: RwLock<HashMap<(NodeId, Lane), (String, Channel)>>,
+}
+
+/// The way to all peers.
+#[derive(Clone)]
+pub struct Peers {
+    /// Another number after every start of the process.
+    boot: u64,
+    channels: Arc<Channels>,
+    wire: Arc<dyn Wire>,
+    beats: Arc<Beats>,
 }
 
 impl Peers {
     /// No peers yet. Every channel is encrypted, and both sides check certificates as `tls` says.
     pub fn new(tls: ClientTlsConfig) -> Peers {
-        let inner = Inner {
-            tls,
-            boot: uuid::Uuid::new_v4().as_u64_pair().0,
-            beats: Beats::default(),
-            addresses: RwLock::default(),
-            channels: RwLock::default(),
-        };
-        Peers { inner: Arc::new(inner) }
+        let channels = Arc::new(Channels::new(tls));
+        let boot = uuid::Uuid::new_v4().as_u64_pair().0;
+        Peers { boot, wire: channels.clone(), channels, beats: Arc::default() }
+    }
+
+    /// Peers that are reached some other way.
+    #[cfg(test)]
+    pub(crate) fn over(wire: Arc<dyn Wire>, boot: u64) -> Peers {
+        let channels = Arc::new(Channels::new(ClientTlsConfig::new()));
+        Peers { boot, channels, wire, beats: Arc::default() }
     }
 
     /// The number of this run of the process.
     pub fn boot(&self) -> u64 {
-        self.inner.boot
+        self.boot
     }
 
     pub(crate) fn beats(&self) -> &Beats {
-        &self.inner.beats
+        &self.beats
+    }
+
+    pub(crate) fn wire(&self) -> &dyn Wire {
+        &*self.wire
     }
 
     /// The nodes whose addresses are known.
     pub(crate) fn nodes(&self) -> Vec<NodeId> {
-        self.inner.addresses.read().keys().copied().collect()
+        self.channels.addresses.read().keys().copied().collect()
     }
 
     /// Asks a member to stop a group's timers. Returns whether it has.
@@ -93,14 +122,26 @@ impl Peers {
         link.call(RaftKind::Sleep, sleep, timeout).await.unwrap_or(false)
     }
 
+    /// Asks a node whether the group that it leads has let `gone` go; none when it does not know.
+    pub(crate) async fn has_let_go(
+        &self,
+        group: GroupId,
+        to: NodeId,
+        gone: NodeId,
+        timeout: Duration,
+    ) -> Option<bool> {
+        let link = Link { group, target: to, peers: self.clone() };
+        link.call(RaftKind::Membership, &gone, timeout).await.ok()
+    }
+
     /// Notes where a node listens for gRPC.
     pub fn set_address(&self, node: NodeId, address: &str) {
-        self.inner.addresses.write().insert(node, address.to_owned());
+        self.channels.addresses.write().insert(node, address.to_owned());
     }
 
     /// Where a node listens, if that is known.
     pub fn address(&self, node: NodeId) -> Option<String> {
-        self.inner.addresses.read().get(&node).cloned()
+        self.channels.address(node)
     }
 
     /// A client to a node, over a shared channel that connects when first used.
@@ -108,17 +149,7 @@ impl Peers {
     /// # Errors
     /// A sentence, when the node's address is unknown or malformed.
     pub fn client(&self, node: NodeId, lane: Lane) -> Result<Client, String> {
-        let address = self.address(node).ok_or_else(|| format!("the address of node {node} is not known"))?;
-        let known = self.inner.channels.read().get(&(node, lane)).cloned();
-        let channel = match known {
-            Some((known, channel)) if known == address => channel,
-            _ => {
-                let channel = self.connect(&address)?;
-                self.inner.channels.write().insert((node, lane), (address, channel.clone()));
-                channel
-            }
-        };
-        Ok(self.wrap(channel))
+        self.channels.client(node, lane)
     }
 
     /// A client to an address, for nodes that have no id yet.
@@ -126,13 +157,37 @@ impl Peers {
     /// # Errors
     /// A sentence, when the address is malformed.
     pub fn client_at(&self, address: &str) -> Result<Client, String> {
-        Ok(self.wrap(self.connect(address)?))
+        Ok(wrap(self.channels.connect(address)?))
+    }
+}
+
+fn wrap(channel: Channel) -> Client {
+    PeerClient::new(channel)
+        .max_decoding_message_size(MAX_PEER_MESSAGE_BYTES)
+        .max_encoding_message_size(MAX_PEER_MESSAGE_BYTES)
+}
+
+impl Channels {
+    fn new(tls: ClientTlsConfig) -> Channels {
+        Channels { tls, addresses: RwLock::default(), channels: RwLock::default() }
     }
 
-    fn wrap(&self, channel: Channel) -> Client {
-        PeerClient::new(channel)
-            .max_decoding_message_size(MAX_PEER_MESSAGE_BYTES)
-            .max_encoding_message_size(MAX_PEER_MESSAGE_BYTES)
+    fn address(&self, node: NodeId) -> Option<String> {
+        self.addresses.read().get(&node).cloned()
+    }
+
+    fn client(&self, node: NodeId, lane: Lane) -> Result<Client, String> {
+        let address = self.address(node).ok_or_else(|| format!("the address of node {node} is not known"))?;
+        let known = self.channels.read().get(&(node, lane)).cloned();
+        let channel = match known {
+            Some((known, channel)) if known == address => channel,
+            _ => {
+                let channel = self.connect(&address)?;
+                self.channels.write().insert((node, lane), (address, channel.clone()));
+                channel
+            }
+        };
+        Ok(wrap(channel))
     }
 
     fn connect(&self, address: &str) -> Result<Channel, String> {
@@ -144,9 +199,38 @@ impl Peers {
             .keep_alive_timeout(Duration::from_secs(5))
             .initial_stream_window_size(4 << 20)
             .initial_connection_window_size(16 << 20)
-            .tls_config(self.inner.tls.clone())
+            .tls_config(self.tls.clone())
             .map_err(|error| format!("peer TLS: {error}"))?;
         Ok(endpoint.connect_lazy())
+    }
+}
+
+impl Wire for Channels {
+    fn raft(&self, to: NodeId, message: RaftMessage) -> BoxFuture<'_, Result<RaftReply, Status>> {
+        Box::pin(async move {
+            let mut client = self.client(to, Lane::Fast).map_err(Status::unavailable)?;
+            Ok(client.raft(message).await?.into_inner())
+        })
+    }
+
+    fn snapshot(
+        &self,
+        to: NodeId,
+        pieces: BoxStream<'static, Piece>,
+    ) -> BoxFuture<'_, Result<RaftReply, Status>> {
+        let client = self.client(to, Lane::Bulk).map_err(Status::unavailable);
+        Box::pin(async move {
+            let mut client = client?;
+            let sent: BoxFuture<'_, _> = Box::pin(client.install_snapshot(pieces));
+            Ok(sent.await?.into_inner())
+        })
+    }
+
+    fn beat(&self, to: NodeId) -> BoxFuture<'_, Result<u64, Status>> {
+        Box::pin(async move {
+            let mut client = self.client(to, Lane::Fast).map_err(Status::unavailable)?;
+            Ok(client.beat(BeatRequest { target: to.0 }).await?.into_inner().boot)
+        })
     }
 }
 
@@ -180,15 +264,14 @@ impl Link {
         timeout: Duration,
     ) -> Result<A, RPCError<TypeConfig>> {
         let unreachable = |reason: String| RPCError::Unreachable(Unreachable::from_string(reason));
-        let mut client = self.peers.client(self.target, Lane::Fast).map_err(unreachable)?;
         let message = RaftMessage {
             group: self.group.0,
             target: self.target.0,
             kind: kind.into(),
             body: codec::encode(request).into(),
         };
-        let reply = match tokio::time::timeout(timeout, client.raft(message)).await {
-            Ok(Ok(reply)) => reply.into_inner(),
+        let reply = match tokio::time::timeout(timeout, self.peers.wire().raft(self.target, message)).await {
+            Ok(Ok(reply)) => reply,
             Ok(Err(status)) if status.code() == tonic::Code::Unavailable => {
                 return Err(unreachable(status.message().to_owned()));
             }
@@ -250,18 +333,18 @@ impl RaftNetworkV2<TypeConfig> for Link {
         let SnapshotData::Export(export) = snapshot.snapshot else {
             return Err(unreachable("a received file is not sent on".to_owned()));
         };
-        let mut client = self.peers.client(self.target, Lane::Bulk).map_err(unreachable)?;
         let header = codec::encode(&(self.group, self.target, vote, snapshot.meta));
-        let pieces = pieces(header.into(), export);
-        let send = async {
-            let reply = client
-                .install_snapshot(pieces)
-                .await
-                .map_err(|status| StreamingError::Network(NetworkError::from_string(status.message())))?;
-            codec::decode(&reply.into_inner().body)
-                .map_err(|error| StreamingError::Network(NetworkError::new(&error)))
-        };
+        let pieces = pieces(header.into(), export).boxed();
+        let send =
+            async {
+                let reply =
+                    self.peers.wire().snapshot(self.target, pieces).await.map_err(|status| {
+                        StreamingError::Network(NetworkError::from_string(status.message()))
+                    })?;
+                codec::decode(&reply.body).map_err(|error| StreamingError::Network(NetworkError::new(&error)))
+            };
         tokio::select! {
+            biased;
             closed = cancel => Err(StreamingError::Closed(closed)),
             sent = tokio::time::timeout(SNAPSHOT_TIMEOUT, send) => {
                 sent.unwrap_or_else(|_| Err(StreamingError::Network(NetworkError::from_string("the snapshot took too long"))))
@@ -276,26 +359,22 @@ pub(crate) fn pieces(
     header: Bytes,
     export: Arc<dyn Export>,
 ) -> impl futures::Stream<Item = Piece> + Send + 'static {
-    let (sender, receiver) = tokio::sync::mpsc::channel(2);
-    tokio::task::spawn_blocking(move || {
-        let mut header = header;
-        loop {
-            let data = match export.next_piece() {
+    futures::stream::unfold(Some(header), move |header| {
+        let export = export.clone();
+        async move {
+            let header = header?;
+            let data = match blocking(move || export.next_piece()).await {
                 Ok(data) => data,
                 Err(error) => {
                     tracing::warn!(%error, "a snapshot could not be read; it will be tried again");
-                    return;
+                    return None;
                 }
             };
-            let end = data.is_none();
+            let next = data.is_some().then(Bytes::new);
             let body = data.unwrap_or_default();
             let mut framed = crc32fast::hash(&body).to_le_bytes().to_vec();
             framed.extend_from_slice(&body);
-            let piece = Piece { header: std::mem::take(&mut header), data: framed.into() };
-            if sender.blocking_send(piece).is_err() || end {
-                return;
-            }
+            Some((Piece { header, data: framed.into() }, next))
         }
-    });
-    tokio_stream::wrappers::ReceiverStream::new(receiver)
+    })
 }

@@ -5,11 +5,12 @@
 //! heard instead. A leader is as old as its last word from a quorum.
 
 use std::collections::VecDeque;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use openraft::async_runtime::WatchReceiver;
 use openraft::type_config::TypeConfigExt;
 use parking_lot::Mutex;
+use tokio::time::Instant;
 
 use crate::groups::Group;
 use crate::types::TypeConfig;

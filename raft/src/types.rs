@@ -30,6 +30,7 @@ openraft::declare_raft_types!(
         Node = openraft::EmptyNode,
         Term = u64,
         LeaderId = openraft::impls::leader_id_std::LeaderId<u64, NodeId>,
+        AsyncRuntime = crate::runtime::Runtime,
 );
 
 pub(crate) use openraft::type_config::alias::{

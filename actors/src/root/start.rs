@@ -28,6 +28,8 @@ const LEARN_TICK: Duration = Duration::from_millis(500);
 const DISK_TICK: Duration = Duration::from_secs(1);
 /// How long a stop may take to hand leadership over.
 const HANDOVER_TIMEOUT: Duration = Duration::from_secs(3);
+/// How often a node that waits for the cluster says so.
+const STILL_WAITING_EVERY: Duration = Duration::from_secs(10);
 
 /// Everything that a node's working parts need to know.
 #[derive(Clone)]
@@ -167,8 +169,15 @@ pub async fn start(config: NodeConfig, peers: Peers, service: PeerService) -> Re
         .map_err(|error| Error::internal(format!("the supervision tree does not start: {error}")))?;
     // Before it has heard of itself a node has heard of nothing that it would be asked for.
     let mut state = cluster.watch();
-    let heard = state.wait_for(|state| state.nodes.contains_key(&node) || state.removed.contains(&node));
-    heard.await.map_err(Error::internal)?;
+    loop {
+        let heard = state.wait_for(|state| state.nodes.contains_key(&node) || state.removed.contains(&node));
+        match tokio::time::timeout(STILL_WAITING_EVERY, heard).await {
+            Ok(heard) => break drop(heard.map_err(Error::internal)?),
+            Err(_) => tracing::warn!(
+                "this node waits until it hears of the cluster's state: a majority of the control group must run"
+            ),
+        }
+    }
     Ok(Running { cluster, blobs, work, root })
 }
 

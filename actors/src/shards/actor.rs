@@ -32,6 +32,10 @@ const SCRUB_EVERY: Duration = Duration::from_secs(24 * 3600);
 const SCRUB_PIECES: usize = 8;
 /// How a panic of the store is told.
 const PANICKED: &str = "the store panicked";
+/// How many replicas are read from the disk at the same time.
+const OPENED_AT_ONCE: usize = 2;
+/// How many replicas are made anew at the same time. Each takes as much disk as it has.
+const REBUILT_AT_ONCE: usize = 1;
 /// How often the state is compared with the other replicas', when it has changed.
 const COMPARE_EVERY: Duration = Duration::from_secs(10);
 
@@ -43,8 +47,21 @@ pub(super) struct ShardArguments {
     pub(super) dir: PathBuf,
     pub(super) cluster: Cluster,
     pub(super) blobs: BlobStore,
+    pub(super) gates: Arc<Gates>,
+}
+
+/// How much is done at the same time for the replicas of a node.
+pub(super) struct Gates {
     /// Passed by whoever reads a replica from the disk.
-    pub(super) gate: Arc<Semaphore>,
+    opens: Semaphore,
+    /// Passed by whoever makes one anew from another node.
+    rebuilds: Semaphore,
+}
+
+impl Default for Gates {
+    fn default() -> Self {
+        Gates { opens: Semaphore::new(OPENED_AT_ONCE), rebuilds: Semaphore::new(REBUILT_AT_ONCE) }
+    }
 }
 
 #[derive(RactorMessage)]
@@ -80,8 +97,8 @@ impl Actor for Shard {
         myself: ActorRef<ShardMessage>,
         arguments: ShardArguments,
     ) -> Result<ShardState, ActorProcessingErr> {
-        let ShardArguments { id, config, dir, cluster, blobs, gate } = arguments;
-        let shard = Arc::new(open(&cluster, id, &dir, &config, &gate).await?);
+        let ShardArguments { id, config, dir, cluster, blobs, gates } = arguments;
+        let shard = Arc::new(open(&cluster, id, &dir, &config, &gates).await?);
         let group = cluster.groups().open(id.into(), Arc::new(Replica(shard.clone()))).await?;
         let founders =
             cluster.state().shards.get(&id).map(|shard| shard.founders.clone()).unwrap_or_default();
@@ -128,10 +145,10 @@ async fn open(
     id: ShardId,
     dir: &Path,
     config: &CollectionConfig,
-    gate: &Semaphore,
+    gates: &Gates,
 ) -> Result<shoal_engine::Shard, ActorProcessingErr> {
     let attempt = async || {
-        let _permit = gate.acquire().await;
+        let _permit = gates.opens.acquire().await;
         let (dir, config) = (dir.to_owned(), config.clone());
         tokio::task::spawn_blocking(move || shoal_engine::Shard::open(&dir, config)).await
     };
@@ -155,12 +172,15 @@ async fn open(
     if purged == 0 {
         // Nothing was dropped from the log yet: it makes the whole state again.
         rebuild::set_aside(dir)?;
-    } else if let Err(error) = rebuild::from_another(cluster, id, dir, config, purged).await {
-        // A panic may have been a bug of ours, on every replica alike: then nobody could begin.
-        if reason.contains(PANICKED) {
-            shoal_engine::shard::clear_damaged(dir)?;
+    } else {
+        let _permit = gates.rebuilds.acquire().await;
+        if let Err(error) = rebuild::from_another(cluster, id, dir, config, purged).await {
+            // A panic may have been a bug of ours, on every replica alike: then nobody could begin.
+            if reason.contains(PANICKED) {
+                shoal_engine::shard::clear_damaged(dir)?;
+            }
+            return Err(error.into());
         }
-        return Err(error.into());
     }
     Ok(attempt().await??)
 }

@@ -1,25 +1,26 @@
 //! Opens and closes replicas as the cluster's state says.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ractor::{Actor, ActorProcessingErr, ActorRef, ActorStatus, SupervisionEvent};
 use ractor_cluster::RactorMessage;
-use shoal_proto::{CollectionConfig, ShardId};
+use shoal_proto::{CollectionConfig, NodeId, ShardId};
 use shoal_raft::cluster::ClusterState;
-use tokio::sync::Semaphore;
 
-use super::actor::{Shard, ShardArguments, ShardMessage};
+use super::actor::{Gates, Shard, ShardArguments, ShardMessage};
 use crate::blobs::BlobStore;
 use crate::cluster::Cluster;
 
 /// The pause before a failed replica is opened again; it doubles up to the second value.
 const REOPEN_PAUSE: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
 
-/// How many replicas are read from the disk at the same time.
-const OPENED_AT_ONCE: usize = 2;
+/// How often it is looked for replicas that should be here and are not, or the other way round.
+const RECONCILE_EVERY: Duration = Duration::from_secs(5);
+/// How long a replica's actor may take to stop before its files go all the same.
+const STOP_TIMEOUT: Duration = Duration::from_secs(30);
 
 pub(crate) struct Shards;
 
@@ -31,8 +32,12 @@ pub(crate) struct ShardsArguments {
 
 #[derive(RactorMessage)]
 pub(crate) enum ShardsMessage {
-    /// The cluster's state has changed, or a failed replica is due again.
+    /// The cluster's state has changed, a failed replica is due again, or some time has passed.
     Reconcile,
+    /// Whether a replica's group has let this node go.
+    Asked(ShardId, bool),
+    /// A replica is closed and gone, or it is needed after all.
+    Left(ShardId, bool),
     /// A replica is open, or why not.
     Opened(ShardId, Result<ActorRef<ShardMessage>, String>),
 }
@@ -40,11 +45,23 @@ pub(crate) enum ShardsMessage {
 pub(crate) struct ShardsState {
     arguments: ShardsArguments,
     open: BTreeMap<ShardId, ActorRef<ShardMessage>>,
-    gate: Arc<Semaphore>,
+    gates: Arc<Gates>,
     /// Replicas that are being opened, each by a task of its own: one that must first be made anew
     /// from another node takes minutes.
     opening: BTreeSet<ShardId>,
-    failures: BTreeMap<ShardId, u32>,
+    failures: BTreeMap<ShardId, Failed>,
+    /// Replicas that are to go, while their groups are asked.
+    asking: BTreeSet<ShardId>,
+    /// Replicas that are being deleted.
+    leaving: BTreeSet<ShardId>,
+}
+
+/// A replica that could not be opened.
+struct Failed {
+    /// So many times in a row.
+    count: u32,
+    /// Not to be tried before.
+    due: Instant,
 }
 
 impl Actor for Shards {
@@ -69,12 +86,15 @@ impl Actor for Shards {
             while watch.changed().await.is_ok() && me.cast(ShardsMessage::Reconcile).is_ok() {}
         });
         myself.cast(ShardsMessage::Reconcile)?;
+        drop(myself.send_interval(RECONCILE_EVERY, || ShardsMessage::Reconcile));
         Ok(ShardsState {
             arguments,
-            gate: Arc::new(Semaphore::new(OPENED_AT_ONCE)),
+            gates: Arc::default(),
             open: BTreeMap::new(),
             opening: BTreeSet::new(),
             failures: BTreeMap::new(),
+            asking: BTreeSet::new(),
+            leaving: BTreeSet::new(),
         })
     }
 
@@ -87,6 +107,13 @@ impl Actor for Shards {
         match message {
             ShardsMessage::Reconcile => state.reconcile(&myself).await,
             ShardsMessage::Opened(id, result) => state.opened(id, result, &myself).await,
+            ShardsMessage::Asked(id, may_go) => state.asked(id, may_go, &myself),
+            ShardsMessage::Left(id, is_needed) => {
+                state.leaving.remove(&id);
+                if is_needed {
+                    state.reconcile(&myself).await;
+                }
+            }
         }
         Ok(())
     }
@@ -113,49 +140,97 @@ impl Actor for Shards {
     }
 }
 
+/// What is to become of a replica that is here, by the cluster's state.
+enum Fate {
+    Stays,
+    /// Another node is to have it instead. It goes once the group, whose leader is one of these,
+    /// has let this node go; until then it may have to vote.
+    GoesWhenLetGo(BTreeSet<NodeId>),
+    /// Its collection was deleted.
+    Goes,
+}
+
 impl ShardsState {
+    fn fate(&self, id: ShardId, wanted: &ClusterState) -> Fate {
+        match wanted.shards.get(&id) {
+            Some(shard) if !shard.replicas.contains(&self.arguments.cluster.node()) => {
+                Fate::GoesWhenLetGo(shard.replicas.clone())
+            }
+            None if wanted.was_deleted(id) => Fate::Goes,
+            _ => Fate::Stays,
+        }
+    }
+
+    /// The shards of which there is anything here: an open replica, a log or a directory.
+    async fn here(&self) -> std::io::Result<BTreeSet<ShardId>> {
+        let mut here: BTreeSet<ShardId> = self.open.keys().copied().collect();
+        here.extend(self.arguments.cluster.groups().held().await?.into_iter().map(|group| ShardId(group.0)));
+        for entry in std::fs::read_dir(&self.arguments.dir)? {
+            let path = entry?.path();
+            // What was set aside of it has the same name with another ending.
+            here.extend(path.file_stem().and_then(|name| name.to_str()?.parse().ok()).map(ShardId));
+        }
+        Ok(here)
+    }
+
     async fn reconcile(&mut self, myself: &ActorRef<ShardsMessage>) {
-        let cluster = self.arguments.cluster.clone();
-        let wanted = cluster.state();
-        let node = cluster.node();
+        let wanted = self.arguments.cluster.state();
+        let node = self.arguments.cluster.node();
         for (&id, shard) in &wanted.shards {
-            let is_here = self.open.contains_key(&id) || self.opening.contains(&id);
-            if shard.replicas.contains(&node) && !is_here {
+            if shard.replicas.contains(&node) {
                 self.open(id, &wanted, myself);
             }
         }
-        self.discard_surplus().await;
+        let here = match self.here().await {
+            Ok(here) => here,
+            Err(error) => return tracing::warn!(%error, "the replicas on this disk could not be listed"),
+        };
+        for id in here {
+            match self.fate(id, &wanted) {
+                Fate::Stays => {}
+                Fate::GoesWhenLetGo(others) => {
+                    self.open(id, &wanted, myself);
+                    self.ask_to_go(id, others, myself);
+                }
+                Fate::Goes => self.discard(id, None, myself),
+            }
+        }
     }
 
-    async fn discard_surplus(&mut self) {
+    /// Asks whether the group of an open replica has let this node go.
+    fn ask_to_go(&mut self, id: ShardId, others: BTreeSet<NodeId>, myself: &ActorRef<ShardsMessage>) {
+        if !self.open.contains_key(&id) || !self.asking.insert(id) {
+            return;
+        }
+        let (groups, myself) = (self.arguments.cluster.groups().clone(), myself.clone());
+        tokio::spawn(async move {
+            let may_go = groups.was_let_go(id.into(), &others).await;
+            // A supervisor that has ended needs no answer.
+            drop(myself.cast(ShardsMessage::Asked(id, may_go)));
+        });
+    }
+
+    fn asked(&mut self, id: ShardId, may_go: bool, myself: &ActorRef<ShardsMessage>) {
+        self.asking.remove(&id);
         let wanted = self.arguments.cluster.state();
-        let surplus: Vec<ShardId> =
-            self.open.keys().filter(|id| !self.is_wanted(**id, &wanted)).copied().collect();
-        for id in surplus {
-            self.discard(id).await;
+        if may_go && let Fate::GoesWhenLetGo(others) = self.fate(id, &wanted) {
+            self.discard(id, Some(others), myself);
         }
     }
 
-    /// A replica goes when its collection is gone, or when the shard's group has let it go: a
-    /// replica set that no longer names this node is first carried out by the shard's leader.
-    fn is_wanted(&self, id: ShardId, wanted: &ClusterState) -> bool {
-        let node = self.arguments.cluster.node();
-        let Some(shard) = wanted.shards.get(&id) else { return false };
-        if shard.replicas.contains(&node) {
-            return true;
-        }
-        let status = self.arguments.cluster.local_shard(id).map(|local| local.group.status());
-        status.is_some_and(|status| status.voters.contains(&node) || status.learners.contains(&node))
-    }
-
+    /// Opens a replica, unless it is open, on its way in or out, or failed a moment ago.
     fn open(&mut self, id: ShardId, wanted: &Arc<ClusterState>, myself: &ActorRef<ShardsMessage>) {
+        let is_busy = self.open.contains_key(&id) || self.opening.contains(&id) || self.leaving.contains(&id);
+        if is_busy || self.failures.get(&id).is_some_and(|failed| Instant::now() < failed.due) {
+            return;
+        }
         let Some(shard) = wanted.shards.get(&id) else { return };
         let Some(collection) = wanted.collections.get(&shard.collection) else { return };
         let payload_indexes = shard.first_indexes.clone();
         let arguments = ShardArguments {
             id,
             config: CollectionConfig { payload_indexes, ..collection.config.clone() },
-            gate: self.gate.clone(),
+            gates: self.gates.clone(),
             dir: self.arguments.dir.join(id.to_string()),
             cluster: self.arguments.cluster.clone(),
             blobs: self.arguments.blobs.clone(),
@@ -193,8 +268,10 @@ impl ShardsState {
             Ok(actor) => {
                 self.failures.remove(&id);
                 self.open.insert(id, actor);
-                // It may have become surplus while it was opened.
-                self.discard_surplus().await;
+                // Its collection may have been deleted while it was opened.
+                if matches!(self.fate(id, &self.arguments.cluster.state()), Fate::Goes) {
+                    self.discard(id, None, myself);
+                }
             }
             Err(reason) => {
                 tracing::error!(shard = id.0, reason, "a replica could not be opened; will try again");
@@ -210,36 +287,66 @@ impl ShardsState {
     }
 
     fn retry_later(&mut self, id: ShardId, myself: &ActorRef<ShardsMessage>) {
-        let failures = self.failures.entry(id).or_default();
-        *failures += 1;
-        let pause = REOPEN_PAUSE.0.saturating_mul(1 << (*failures).min(10)).min(REOPEN_PAUSE.1);
+        let count = self.failures.get(&id).map_or(1, |failed| failed.count.saturating_add(1));
+        let pause = REOPEN_PAUSE.0.saturating_mul(1 << count.min(10)).min(REOPEN_PAUSE.1);
+        self.failures.insert(id, Failed { count, due: Instant::now() + pause });
         myself.send_after(pause, || ShardsMessage::Reconcile);
     }
 
-    /// Closes a replica for good: its log, its directory and its blobs go.
-    async fn discard(&mut self, id: ShardId) {
-        if let Some(actor) = self.open.remove(&id) {
-            drop(actor.stop_and_wait(Some("discarded".into()), None).await);
+    /// Closes a replica for good: its log, its directories and its blobs go. Where its group lives on
+    /// among others, these are asked once more when nothing can be acknowledged here any longer.
+    fn discard(&mut self, id: ShardId, others: Option<BTreeSet<NodeId>>, myself: &ActorRef<ShardsMessage>) {
+        // What is being opened is discarded once it is open.
+        if self.opening.contains(&id) || !self.leaving.insert(id) {
+            return;
         }
-        let cluster = &self.arguments.cluster;
-        cluster.drop_local(id);
-        let dropped = async {
-            cluster.groups().close(id.into()).await;
-            let dir = self.arguments.dir.join(id.to_string());
-            if dir.exists() {
-                // Renamed before the log is forgotten, so that a crash half-way leaves nothing
-                // that looks whole.
-                let doomed = self.arguments.dir.join(format!("{id}.discarded"));
-                std::fs::rename(&dir, &doomed)?;
-                shoal_engine::files::sync_dir(&self.arguments.dir)?;
-                std::fs::remove_dir_all(&doomed)?;
+        let actor = self.open.remove(&id);
+        let cluster = self.arguments.cluster.clone();
+        let (dir, blobs) = (self.arguments.dir.clone(), self.arguments.blobs.clone());
+        let myself = myself.clone();
+        tokio::spawn(async move {
+            if let Some(actor) = actor {
+                let stopped = actor.stop_and_wait(Some("discarded".into()), Some(STOP_TIMEOUT)).await;
+                if let Err(error) = stopped {
+                    tracing::warn!(shard = id.0, %error, "a discarded replica's actor does not stop");
+                }
             }
-            cluster.groups().remove(id.into()).await?;
-            self.arguments.blobs.drop_shard(id)
-        };
-        match dropped.await {
-            Ok(()) => tracing::info!(shard = id.0, "a replica was discarded"),
-            Err(error) => tracing::warn!(shard = id.0, %error, "a discarded replica left files behind"),
+            cluster.drop_local(id);
+            cluster.groups().close(id.into()).await;
+            let dropped = drop_replica(&cluster, id, others.as_ref(), &dir, &blobs).await;
+            match &dropped {
+                Ok(true) => tracing::info!(shard = id.0, "a replica was discarded"),
+                Ok(false) => tracing::info!(shard = id.0, "a replica is needed after all"),
+                Err(error) => tracing::warn!(shard = id.0, %error, "a discarded replica left files behind"),
+            }
+            // A supervisor that has ended needs no answer.
+            drop(myself.cast(ShardsMessage::Left(id, matches!(dropped, Ok(false)))));
+        });
+    }
+}
+
+/// Deletes all that is here of a closed replica. Returns whether it could go.
+///
+/// The log goes first: whatever a crash leaves then is no member of anything, and goes the next time.
+async fn drop_replica(
+    cluster: &Cluster,
+    id: ShardId,
+    others: Option<&BTreeSet<NodeId>>,
+    dir: &Path,
+    blobs: &BlobStore,
+) -> std::io::Result<bool> {
+    match others {
+        Some(others) if !cluster.groups().was_let_go(id.into(), others).await => return Ok(false),
+        Some(_) => cluster.groups().leave(id.into()).await?,
+        None => cluster.groups().forget(id.into()).await?,
+    }
+    for ending in ["", "damaged", "fresh"] {
+        let doomed = dir.join(id.to_string()).with_extension(ending);
+        if doomed.exists() {
+            std::fs::remove_dir_all(&doomed)?;
         }
     }
+    shoal_engine::files::sync_dir(dir)?;
+    blobs.drop_shard(id)?;
+    Ok(true)
 }

@@ -58,13 +58,19 @@ pub struct Damage {
     corrupted: AtomicU64,
 }
 
+/// What was done to frames in a while: how many of what.
+pub type Suffered = [(&'static str, u64); 4];
+
 impl Damage {
-    /// What was done since the last call, in words; none when there was nothing.
-    pub fn take(&self) -> Option<String> {
-        let [passed, lost, doubled, corrupted] = [&self.passed, &self.lost, &self.doubled, &self.corrupted]
-            .map(|count| count.swap(0, Ordering::Relaxed));
-        (passed > 0)
-            .then(|| format!("{passed} frames: {lost} lost, {doubled} doubled, {corrupted} corrupted"))
+    /// What was done since the last call.
+    pub fn take(&self) -> Suffered {
+        let take = |count: &AtomicU64| count.swap(0, Ordering::Relaxed);
+        [
+            ("frames-passed", take(&self.passed)),
+            ("frames-lost", take(&self.lost)),
+            ("frames-doubled", take(&self.doubled)),
+            ("frames-corrupted", take(&self.corrupted)),
+        ]
     }
 }
 

@@ -20,7 +20,7 @@ use crate::cluster::{Cluster, DiskKind};
 use crate::disk::flip;
 use crate::disk::journal::Survivors;
 use crate::shell;
-use cable::{Cables, Quality};
+use cable::{Cables, Quality, Suffered};
 use clock::Clock;
 use net::{CLIENTS, between, bridge, ring};
 
@@ -326,19 +326,19 @@ impl Fault {
     }
 }
 
-/// Ends every fault: everything is whole again and every node runs. Returns what the fault has
-/// done meanwhile, where that is known.
+/// Ends every fault: everything is whole again and every node runs. Returns what has happened on the
+/// cables meanwhile, where that is known.
 ///
 /// # Errors
 /// When that cannot be done.
-pub fn heal(cluster: &mut Cluster) -> Result<String> {
-    let mut damage = None;
+pub fn heal(cluster: &mut Cluster) -> Result<Option<Suffered>> {
+    let mut suffered = None;
     if let Some(net) = &cluster.net {
         net.cut(&BTreeSet::new())?;
         net.lose(0)?;
         if let Ok(cables) = net.cables() {
             cables.set(Quality::default());
-            damage = cables.damage().take();
+            suffered = Some(cables.damage().take());
         }
     }
     if let Some(crowd) = &cluster.crowd {
@@ -355,7 +355,7 @@ pub fn heal(cluster: &mut Cluster) -> Result<String> {
         drop(std::fs::remove_file(filler(&member.node.data_dir())));
     }
     cluster.start_missing()?;
-    Ok(damage.unwrap_or_default())
+    Ok(suffered)
 }
 
 /// Whether a file of a data directory is still needed: what was set aside as damaged is not.

@@ -190,6 +190,11 @@ impl ClusterState {
         Response::NodeAdded(id)
     }
 
+    /// Whether that shard was there once and is no more; ids never come back.
+    pub fn was_deleted(&self, id: ShardId) -> bool {
+        id.0 <= self.last_shard && !self.shards.contains_key(&id)
+    }
+
     /// The shards that the node of that name holds or is to hold.
     pub fn shards_of(&self, name: &str) -> Vec<ShardId> {
         let Some((node, _)) = self.nodes.iter().find(|(_, known)| known.name == name) else {

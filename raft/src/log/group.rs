@@ -35,6 +35,8 @@ struct State {
     committed: Option<LogId>,
     purged: Option<LogId>,
     last: Option<LogId>,
+    /// The last log id that was here when the group let this node go; it may have come back since.
+    left: Option<LogId>,
     /// Whether a truncation waits for the append that ends it.
     tail_is_cut: bool,
     /// The newest entries, without a gap up to `last`.
@@ -95,6 +97,9 @@ impl GroupLog {
         if let Some(bytes) = get(record::PURGED).await? {
             state.purged = Some(record::from_bytes(&bytes)?);
         }
+        if let Some(bytes) = get(record::LEFT).await? {
+            state.left = Some(record::from_bytes(&bytes)?);
+        }
         let tail: Option<u64> =
             get(record::TAIL).await?.map(|bytes| record::from_bytes(&bytes)).transpose()?;
         state.tail_is_cut = tail.is_some();
@@ -115,6 +120,37 @@ impl GroupLog {
     /// The index up to which entries were dropped.
     pub(crate) fn purged(&self) -> u64 {
         self.state.lock().purged.map_or(0, |id| id.index)
+    }
+
+    /// Whether this node was in the group before, and was let go.
+    pub(crate) fn has_left(&self) -> bool {
+        self.state.lock().left.is_some()
+    }
+
+    /// Whether a vote may be given on the word of this log. Whoever was let go and came back has
+    /// forgotten what it had acknowledged: until it has as much again, a candidate that lags behind
+    /// the group could be elected by it and others like it.
+    pub(crate) fn may_vote(&self) -> bool {
+        let state = self.state.lock();
+        state.left.is_none_or(|left| state.last.is_some_and(|last| last >= left))
+    }
+
+    /// Forgets all but the vote and how far the log went, for a node that the group has let go.
+    pub(crate) async fn leave(&self) -> io::Result<()> {
+        let kept = {
+            let mut state = self.state.lock();
+            let left = state.last.max(state.left);
+            *state = State { vote: state.vote, left, ..State::default() };
+            Self::kept(&state)
+        };
+        self.store.write_and_wait(self.group, Change::Reset { kept }, true).await
+    }
+
+    /// The small records that outlive a log.
+    fn kept(state: &State) -> Vec<(&'static [u8], Vec<u8>)> {
+        let vote = state.vote.as_ref().map(|vote| (record::VOTE, record::to_bytes(vote)));
+        let left = state.left.as_ref().map(|left| (record::LEFT, record::to_bytes(left)));
+        vote.into_iter().chain(left).collect()
     }
 
     /// Makes the log fit a state that ends at `applied`, which may have been fetched from another
@@ -342,11 +378,11 @@ impl RaftLogStorage<TypeConfig> for GroupLog {
 
 impl GroupLog {
     /// Cuts off a log that was never purged, from its first entry on. No `tail` record can name
-    /// that, so the group's records are replaced by its vote alone.
+    /// that, so the group's records are replaced by what must be kept.
     fn drop_all(&self) -> Change {
         let mut state = self.state.lock();
         state.tail_is_cut = false;
         state.committed = None;
-        Change::Reset { vote: state.vote.as_ref().map(record::to_bytes) }
+        Change::Reset { kept: Self::kept(&state) }
     }
 }

@@ -23,12 +23,16 @@
 //! engine it serves, so one thread does all reads as well; and it cannot cut off a log's tail,
 //! so a truncation is a durable `tail` record that the next append removes.
 
+mod files;
 mod group;
 mod mark;
-mod record;
+#[cfg(test)]
+mod model;
+pub(crate) mod record;
 #[cfg(test)]
 mod tests;
-mod writer;
+pub(crate) mod writer;
 
+pub use files::{EXIT_LOG_FAILED, LogConfig};
 pub use group::GroupLog;
-pub use writer::{EXIT_LOG_FAILED, LogConfig, LogStore};
+pub use writer::LogStore;

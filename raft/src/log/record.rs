@@ -9,13 +9,16 @@ use serde::de::DeserializeOwned;
 use shoal_proto::codec;
 
 /// The key of a group's vote.
-pub(super) const VOTE: &[u8] = b"vote";
+pub(crate) const VOTE: &[u8] = b"vote";
 /// The key of the log id up to which a group's log is purged.
-pub(super) const PURGED: &[u8] = b"purged";
+pub(crate) const PURGED: &[u8] = b"purged";
 /// The key of the last committed log id that the group wrote down.
-pub(super) const COMMITTED: &[u8] = b"committed";
+pub(crate) const COMMITTED: &[u8] = b"committed";
 /// The key of a truncation: the last index that counts, until the next append removes it.
-pub(super) const TAIL: &[u8] = b"tail";
+pub(crate) const TAIL: &[u8] = b"tail";
+
+/// The key of the last log id that this node had when the group let it go.
+pub(crate) const LEFT: &[u8] = b"left";
 
 /// The group under which the number of the last batch is kept. No group has this id.
 pub(super) const BATCHES: u64 = u64::MAX;

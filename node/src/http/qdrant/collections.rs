@@ -468,7 +468,8 @@ pub(super) async fn change_aliases(
                 vec![Command::SetAlias { alias: alias_name, collection: None }]
             }
             AliasAction::Rename { old_alias_name, new_alias_name } => {
-                let target = cluster.state().aliases.get(&old_alias_name).cloned();
+                let target =
+                    cluster.fresh_state(context.deadline).await?.aliases.get(&old_alias_name).cloned();
                 let target = target
                     .ok_or_else(|| Error::not_found(format!("alias `{old_alias_name}` doesn't exist")))?;
                 vec![
