@@ -10,7 +10,7 @@ use bytes::Bytes;
 use futures::{Stream, StreamExt};
 use openraft::async_runtime::WatchReceiver;
 use openraft::errors::{ClientWriteError, LinearizableReadError, RaftError};
-use openraft::raft::AppendEntriesRequest;
+use openraft::raft::{AppendEntriesRequest, VoteRequest};
 use openraft::{ChangeMembers, EmptyNode, Instant, Raft, ReadPolicy, ServerState, SnapshotPolicy};
 use parking_lot::RwLock;
 use shoal_proto::peer::{FetchStateRequest, Piece, RaftKind, RaftMessage, RaftReply};
@@ -192,7 +192,9 @@ impl Groups {
         let network = Network { group: id, peers: self.inner.peers.clone() };
         let state = machine.clone();
         let machine = Machine::new(machine, &self.inner.incoming, tag.membership);
-        let raft = Raft::new(self.inner.node, self.inner.config.clone(), network, log.clone(), machine)
+        let mut config = self.inner.config.clone();
+        Arc::make_mut(&mut config).enable_elect = !log.has_forgotten();
+        let raft = Raft::new(self.inner.node, config, network, log.clone(), machine)
             .await
             .map_err(|error| stopped(error.to_string()))?;
         // Its metrics are those of an empty log until the core has begun; an answer from the core
@@ -235,11 +237,25 @@ impl Groups {
         self.inner.log.forget(id).await
     }
 
-    /// Stops the replica of a group that has let this node go and drops its log. What is kept of it
-    /// makes it safe to come back.
-    pub async fn leave(&self, id: GroupId) -> io::Result<()> {
+    /// Stops the replica of a group, and drops its log if the group has let this node go. Returns
+    /// whether it has. What is kept of the log makes it safe to come back.
+    ///
+    /// It is asked when nothing can be acknowledged here any longer: what a replica acknowledges
+    /// after the answer may count, if the node is taken back. `set_aside` takes away the state, before
+    /// the log goes: with its log gone, a state would make this node the member that it once was.
+    pub async fn leave_if_let_go(
+        &self,
+        id: GroupId,
+        among: &BTreeSet<NodeId>,
+        set_aside: impl FnOnce() -> io::Result<()> + Send + 'static,
+    ) -> io::Result<bool> {
         self.close(id).await;
-        self.inner.log.group(id).await?.leave().await
+        if !self.was_let_go(id, among).await {
+            return Ok(false);
+        }
+        blocking(set_aside).await?;
+        self.inner.log.group(id).await?.leave().await?;
+        Ok(true)
     }
 
     /// The shards' groups that this node has a replica of, whether it is open or not.
@@ -252,9 +268,6 @@ impl Groups {
 
     /// Whether a group has let this node go, by the word of its leader, who is one of these. A node
     /// that is let go is not told: nothing more is sent to it.
-    ///
-    /// What a replica acknowledges after the answer may count again, if the node is taken back. So
-    /// before it is dropped it is closed, and then this is asked once more.
     pub async fn was_let_go(&self, id: GroupId, among: &BTreeSet<NodeId>) -> bool {
         for node in among.iter().filter(|node| **node != self.node()) {
             let asked = self.peers().has_let_go(id, *node, self.node(), MEMBERSHIP_TIMEOUT);
@@ -278,9 +291,12 @@ impl Groups {
             let answer = group.agree_to_sleep(&read(&message.body)?);
             return Ok(RaftReply { body: codec::encode(&answer).into() });
         }
-        if matches!(kind, RaftKind::Vote | RaftKind::PreVote) && !group.log.may_vote() {
-            let reason = "this replica is catching up with what it had before".to_owned();
-            return Err(Error::Timeout { group: id, reason });
+        if matches!(kind, RaftKind::Vote | RaftKind::PreVote) {
+            let request: VoteRequest<TypeConfig> = read(&message.body)?;
+            if !group.log.may_vote_for(request.last_log_id) {
+                let reason = "the candidate has less than this replica had before".to_owned();
+                return Err(Error::Timeout { group: id, reason });
+            }
         }
         if kind == RaftKind::PreVote && group.refuses_pre_vote() {
             let reason = "the group sleeps under a leader that lives".to_owned();
@@ -297,6 +313,7 @@ impl Groups {
                 if answer.is_success() {
                     group.heard.note(commit);
                 }
+                group.stand_again();
                 // Only now: a tick before it would find the leader's lease run out.
                 group.wake();
                 codec::encode(&answer)
@@ -403,6 +420,7 @@ impl Groups {
             SnapshotOf::<TypeConfig, SnapshotData> { meta, snapshot: SnapshotData::File(received) };
         let answer = group.raft.install_full_snapshot(vote, snapshot).await;
         let answer = answer.map_err(|error| Error::Stopped { group: id, reason: error.to_string() })?;
+        group.stand_again();
         metrics::counter!("shoal_raft_snapshots_installed_total").increment(1);
         Ok(RaftReply { body: codec::encode(&answer).into() })
     }
@@ -574,16 +592,36 @@ impl Group {
 
     /// Starts an election at once, for a group whose only voter is this node.
     pub async fn elect(&self) -> Result<(), Error> {
+        if self.log.has_forgotten() {
+            return Ok(());
+        }
         self.wake();
         self.raft.trigger().elect(false).await.map_err(|error| self.stopped(error))
     }
 
-    /// Hands leadership to a member, or to another one if that one does not take it.
+    /// Hands leadership to a member, or to another one if that one does not take it. Nothing happens
+    /// where this node does not lead.
     pub async fn transfer_leader(&self, to: NodeId) -> Result<(), Error> {
-        self.ask_to_lead(to).await?;
-        let (group, term) = (self.clone(), self.status().term);
-        tokio::spawn(async move { group.insist_on_transfer(term).await });
+        let status = self.status();
+        if status.role == "leader" {
+            self.ask_to_lead(to).await?;
+            let group = self.clone();
+            tokio::spawn(async move { group.insist_on_transfer(to, status.term).await });
+        }
         Ok(())
+    }
+
+    /// Lets this replica stand for election again once it has what it had before it was let go.
+    fn stand_again(&self) {
+        if self.log.has_left() && !self.log.has_forgotten() {
+            self.raft.runtime_config().elect(true);
+        }
+    }
+
+    /// Whether this node was a member before, and was let go.
+    #[cfg(test)]
+    pub(crate) fn has_come_back(&self) -> bool {
+        self.log.has_left()
     }
 
     async fn ask_to_lead(&self, heir: NodeId) -> Result<(), Error> {
@@ -593,12 +631,13 @@ impl Group {
 
     /// openraft takes no proposals once it has asked somebody to lead, and asks once: were the
     /// question lost, or the heir behind or dead, the group would take no writes while this node lives.
-    async fn insist_on_transfer(&self, term: u64) {
+    async fn insist_on_transfer(&self, to: NodeId, term: u64) {
         for turn in 0.. {
             tokio::time::sleep(TRANSFER_RETRY).await;
             let status = self.status();
-            let heirs: Vec<NodeId> =
+            let mut heirs: Vec<NodeId> =
                 status.voters.iter().copied().filter(|voter| *voter != self.node).collect();
+            heirs.sort_by_key(|heir| *heir != to);
             if status.role != "leader" || status.term != term || heirs.is_empty() {
                 return;
             }

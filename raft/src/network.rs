@@ -335,14 +335,16 @@ impl RaftNetworkV2<TypeConfig> for Link {
         };
         let header = codec::encode(&(self.group, self.target, vote, snapshot.meta));
         let pieces = pieces(header.into(), export).boxed();
-        let send =
-            async {
-                let reply =
-                    self.peers.wire().snapshot(self.target, pieces).await.map_err(|status| {
-                        StreamingError::Network(NetworkError::from_string(status.message()))
-                    })?;
-                codec::decode(&reply.body).map_err(|error| StreamingError::Network(NetworkError::new(&error)))
-            };
+        let send = async {
+            let reply =
+                self.peers.wire().snapshot(self.target, pieces).await.map_err(|status| {
+                    match status.code() {
+                        tonic::Code::Unavailable => unreachable(status.message().to_owned()),
+                        _ => StreamingError::Network(NetworkError::from_string(status.message())),
+                    }
+                })?;
+            codec::decode(&reply.body).map_err(|error| StreamingError::Network(NetworkError::new(&error)))
+        };
         tokio::select! {
             biased;
             closed = cancel => Err(StreamingError::Closed(closed)),

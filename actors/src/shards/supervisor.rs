@@ -12,15 +12,17 @@ use shoal_raft::cluster::ClusterState;
 
 use super::actor::{Gates, Shard, ShardArguments, ShardMessage};
 use crate::blobs::BlobStore;
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, LocalShard};
 
 /// The pause before a failed replica is opened again; it doubles up to the second value.
 const REOPEN_PAUSE: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
 
 /// How often it is looked for replicas that should be here and are not, or the other way round.
 const RECONCILE_EVERY: Duration = Duration::from_secs(5);
-/// How long a replica's actor may take to stop before its files go all the same.
-const STOP_TIMEOUT: Duration = Duration::from_secs(30);
+/// The ending of a replica's directory that is being deleted.
+const DOOMED: &str = "discarded";
+/// How often it is looked whether a closed replica is still used.
+const UNUSED_TICK: Duration = Duration::from_millis(50);
 
 pub(crate) struct Shards;
 
@@ -36,7 +38,7 @@ pub(crate) enum ShardsMessage {
     Reconcile,
     /// Whether a replica's group has let this node go.
     Asked(ShardId, bool),
-    /// A replica is closed and gone, or it is needed after all.
+    /// A replica is closed and gone or, after all, needed; or its files could not be deleted.
     Left(ShardId, bool),
     /// A replica is open, or why not.
     Opened(ShardId, Result<ActorRef<ShardMessage>, String>),
@@ -108,9 +110,9 @@ impl Actor for Shards {
             ShardsMessage::Reconcile => state.reconcile(&myself).await,
             ShardsMessage::Opened(id, result) => state.opened(id, result, &myself).await,
             ShardsMessage::Asked(id, may_go) => state.asked(id, may_go, &myself),
-            ShardsMessage::Left(id, is_needed) => {
+            ShardsMessage::Left(id, has_failed) => {
                 state.leaving.remove(&id);
-                if is_needed {
+                if !has_failed {
                     state.reconcile(&myself).await;
                 }
             }
@@ -188,18 +190,16 @@ impl ShardsState {
         for id in here {
             match self.fate(id, &wanted) {
                 Fate::Stays => {}
-                Fate::GoesWhenLetGo(others) => {
-                    self.open(id, &wanted, myself);
-                    self.ask_to_go(id, others, myself);
-                }
+                Fate::GoesWhenLetGo(others) => self.ask_to_go(id, others, myself),
                 Fate::Goes => self.discard(id, None, myself),
             }
         }
     }
 
-    /// Asks whether the group of an open replica has let this node go.
+    /// Asks whether the group of a replica has let this node go, before it is perhaps opened.
     fn ask_to_go(&mut self, id: ShardId, others: BTreeSet<NodeId>, myself: &ActorRef<ShardsMessage>) {
-        if !self.open.contains_key(&id) || !self.asking.insert(id) {
+        let is_on_its_way = self.opening.contains(&id) || self.leaving.contains(&id);
+        if is_on_its_way || !self.asking.insert(id) {
             return;
         }
         let (groups, myself) = (self.arguments.cluster.groups().clone(), myself.clone());
@@ -213,8 +213,11 @@ impl ShardsState {
     fn asked(&mut self, id: ShardId, may_go: bool, myself: &ActorRef<ShardsMessage>) {
         self.asking.remove(&id);
         let wanted = self.arguments.cluster.state();
-        if may_go && let Fate::GoesWhenLetGo(others) = self.fate(id, &wanted) {
-            self.discard(id, Some(others), myself);
+        match self.fate(id, &wanted) {
+            Fate::GoesWhenLetGo(others) if may_go => self.discard(id, Some(others), myself),
+            // It may have to vote.
+            Fate::GoesWhenLetGo(_) => self.open(id, &wanted, myself),
+            Fate::Stays | Fate::Goes => {}
         }
     }
 
@@ -294,7 +297,7 @@ impl ShardsState {
     }
 
     /// Closes a replica for good: its log, its directories and its blobs go. Where its group lives on
-    /// among others, these are asked once more when nothing can be acknowledged here any longer.
+    /// among others, these are asked once more.
     fn discard(&mut self, id: ShardId, others: Option<BTreeSet<NodeId>>, myself: &ActorRef<ShardsMessage>) {
         // What is being opened is discarded once it is open.
         if self.opening.contains(&id) || !self.leaving.insert(id) {
@@ -306,47 +309,80 @@ impl ShardsState {
         let myself = myself.clone();
         tokio::spawn(async move {
             if let Some(actor) = actor {
-                let stopped = actor.stop_and_wait(Some("discarded".into()), Some(STOP_TIMEOUT)).await;
-                if let Err(error) = stopped {
-                    tracing::warn!(shard = id.0, %error, "a discarded replica's actor does not stop");
-                }
+                // An actor that has ended by itself is what is wanted.
+                drop(actor.stop_and_wait(Some("discarded".into()), None).await);
             }
-            cluster.drop_local(id);
-            cluster.groups().close(id.into()).await;
-            let dropped = drop_replica(&cluster, id, others.as_ref(), &dir, &blobs).await;
+            close_and_wait(&cluster, id).await;
+            let dropped = drop_replica(&cluster, id, others, &dir, &blobs).await;
             match &dropped {
                 Ok(true) => tracing::info!(shard = id.0, "a replica was discarded"),
                 Ok(false) => tracing::info!(shard = id.0, "a replica is needed after all"),
                 Err(error) => tracing::warn!(shard = id.0, %error, "a discarded replica left files behind"),
             }
             // A supervisor that has ended needs no answer.
-            drop(myself.cast(ShardsMessage::Left(id, matches!(dropped, Ok(false)))));
+            drop(myself.cast(ShardsMessage::Left(id, dropped.is_err())));
         });
+    }
+}
+
+/// Closes a replica and waits until nobody uses it: openraft may still apply or make a checkpoint
+/// when it says that a group has stopped, and searches go on.
+async fn close_and_wait(cluster: &Cluster, id: ShardId) {
+    let local = cluster.drop_local(id);
+    cluster.groups().close(id.into()).await;
+    if let Some(LocalShard { shard, group }) = local {
+        drop(group);
+        while Arc::strong_count(&shard) > 1 {
+            tokio::time::sleep(UNUSED_TICK).await;
+        }
     }
 }
 
 /// Deletes all that is here of a closed replica. Returns whether it could go.
 ///
-/// The log goes first: whatever a crash leaves then is no member of anything, and goes the next time.
+/// The state is set aside first, then the log goes: a crash leaves nothing that looks whole.
 async fn drop_replica(
     cluster: &Cluster,
     id: ShardId,
-    others: Option<&BTreeSet<NodeId>>,
+    others: Option<BTreeSet<NodeId>>,
     dir: &Path,
     blobs: &BlobStore,
 ) -> std::io::Result<bool> {
+    let path = dir.join(id.to_string());
+    let set_aside = {
+        let (path, dir) = (path.clone(), dir.to_owned());
+        move || {
+            if path.exists() {
+                let doomed = path.with_extension(DOOMED);
+                remove(&doomed)?;
+                std::fs::rename(&path, doomed)?;
+                shoal_engine::files::sync_dir(&dir)?;
+            }
+            Ok(())
+        }
+    };
     match others {
-        Some(others) if !cluster.groups().was_let_go(id.into(), others).await => return Ok(false),
-        Some(_) => cluster.groups().leave(id.into()).await?,
-        None => cluster.groups().forget(id.into()).await?,
-    }
-    for ending in ["", "damaged", "fresh"] {
-        let doomed = dir.join(id.to_string()).with_extension(ending);
-        if doomed.exists() {
-            std::fs::remove_dir_all(&doomed)?;
+        Some(others) if !cluster.groups().leave_if_let_go(id.into(), &others, set_aside).await? => {
+            return Ok(false);
+        }
+        Some(_) => {}
+        None => {
+            tokio::task::spawn_blocking(set_aside).await.map_err(std::io::Error::other)??;
+            cluster.groups().forget(id.into()).await?;
         }
     }
-    shoal_engine::files::sync_dir(dir)?;
-    blobs.drop_shard(id)?;
+    let blobs = blobs.clone();
+    let removed = tokio::task::spawn_blocking(move || {
+        [DOOMED, "damaged", "fresh"].iter().try_for_each(|ending| remove(&path.with_extension(ending)))?;
+        blobs.drop_shard(id)
+    });
+    removed.await.map_err(std::io::Error::other)??;
     Ok(true)
+}
+
+fn remove(dir: &Path) -> std::io::Result<()> {
+    match std::fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
 }

@@ -127,12 +127,17 @@ impl GroupLog {
         self.state.lock().left.is_some()
     }
 
-    /// Whether a vote may be given on the word of this log. Whoever was let go and came back has
-    /// forgotten what it had acknowledged: until it has as much again, a candidate that lags behind
-    /// the group could be elected by it and others like it.
-    pub(crate) fn may_vote(&self) -> bool {
+    /// Whether this node was let go, came back and has not caught up with what it had acknowledged
+    /// before. Until then it must not stand for election, and a candidate must have as much as was
+    /// here: one that lags behind the group could be elected by it and others like it.
+    pub(crate) fn has_forgotten(&self) -> bool {
         let state = self.state.lock();
-        state.left.is_none_or(|left| state.last.is_some_and(|last| last >= left))
+        state.left.is_some_and(|left| state.last.is_none_or(|last| last < left))
+    }
+
+    /// Whether a candidate whose log ends there has as much as this node ever acknowledged.
+    pub(crate) fn may_vote_for(&self, last: Option<LogId>) -> bool {
+        !self.has_forgotten() || last >= self.state.lock().left
     }
 
     /// Forgets all but the vote and how far the log went, for a node that the group has let go.

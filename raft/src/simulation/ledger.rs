@@ -97,7 +97,7 @@ impl StateMachine for Ledger {
         let mut held = self.held.lock();
         let mut replies = Vec::new();
         for Committed { index, tag, command } in entries {
-            self.truth.applied(self.group, index, command.as_deref(), self.node);
+            self.truth.applied(self.group, index, &tag, command.as_deref(), self.node);
             if index != held.last + 1 && held.last != 0 {
                 self.truth.violation(format!("group {}: {index} is applied after {}", self.group, held.last));
             }

@@ -128,7 +128,7 @@ fn the_same_seed_gives_the_same_run() {
 /// leader that reads without asking.
 #[test]
 fn lies_are_found_out() {
-    for lie in [Lie::Sync, Lie::Vote, Lie::Read] {
+    for lie in [Lie::Sync, Lie::Vote, Lie::Read, Lie::Leave] {
         let found = (0..SEEDS).find(|seed| !simulate(*seed, Some(lie)).violations.is_empty());
         assert!(found.is_some_and(|seed| seed < 100), "{lie:?} was found by seed {found:?}");
     }

@@ -1,4 +1,5 @@
-//! A network in which anything can happen to a message but a change of its content.
+//! A network that delays, drops, repeats and cuts. What arrives is what was sent, whole: cables that
+//! corrupt, and streams that end in the middle, are for `chaos`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
@@ -16,8 +17,10 @@ use rand::{RngExt, SeedableRng};
 use shoal_proto::NodeId;
 use shoal_proto::peer::{Piece, RaftMessage, RaftReply};
 use tokio::sync::Notify;
+use tokio::task::JoinHandle;
 use tonic::Status;
 
+use super::runtime::Seeded;
 use super::truth::Truth;
 use crate::error::Error;
 use crate::groups::Groups;
@@ -151,6 +154,12 @@ impl Net {
         state.coin.random_bool(repeats)
     }
 
+    /// Runs something by itself, wherever it comes from: not everybody who calls has a seed.
+    fn spawn<T: Send + 'static>(&self, work: impl Future<Output = T> + Send + 'static) -> JoinHandle<T> {
+        let seed = self.state.lock().coin.random();
+        tokio::spawn(Seeded::scope(seed, work))
+    }
+
     /// One way of a message; an error once the transport has noticed that it did not arrive.
     pub async fn pass(&self, from: NodeId, to: NodeId) -> Result<(), Status> {
         self.truth.note_message(from, to);
@@ -184,7 +193,7 @@ pub struct End {
 
 impl End {
     /// A question to a node and its answer, which a crash of either side prevents.
-    async fn exchange<T, F: Future<Output = Result<T, Status>>>(
+    async fn exchange<T: Send + 'static, F: Future<Output = Result<T, Status>> + Send + 'static>(
         &self,
         to: NodeId,
         ask: impl FnOnce(Running) -> F,
@@ -194,7 +203,9 @@ impl End {
         }
         self.net.pass(self.node, to).await?;
         let target = self.net.reached(to)?;
-        let answer = ask(target.clone()).await;
+        // A task of its own: what has arrived takes effect, however long the sender waits.
+        let answer = self.net.spawn(ask(target.clone())).await;
+        let answer = answer.unwrap_or_else(|error| Err(Status::internal(error.to_string())));
         if !target.life.is_alive() {
             return Err(Status::unavailable("connection reset"));
         }
@@ -217,7 +228,7 @@ impl Wire for End {
     fn raft(&self, to: NodeId, message: RaftMessage) -> BoxFuture<'_, Result<RaftReply, Status>> {
         if self.net.is_repeated() {
             let (net, from, message) = (self.net.clone(), self.node, message.clone());
-            tokio::spawn(async move {
+            self.net.spawn(async move {
                 if net.pass(from, to).await.is_ok()
                     && let Ok(target) = net.reached(to)
                 {

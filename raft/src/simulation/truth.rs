@@ -91,10 +91,11 @@ impl Truth {
         *state.outcome.counts.entry("messages").or_default() += 1;
     }
 
-    /// A replica applies a command: all replicas the same at the same index.
-    pub fn applied(&self, group: GroupId, index: u64, command: Option<&[u8]>, node: NodeId) {
+    /// A replica applies an entry, whose tag holds its term and the membership: all replicas the same
+    /// at the same index.
+    pub fn applied(&self, group: GroupId, index: u64, tag: &[u8], command: Option<&[u8]>, node: NodeId) {
         let mut hasher = DefaultHasher::new();
-        command.hash(&mut hasher);
+        (tag, command).hash(&mut hasher);
         let hash = hasher.finish();
         let first = *self.0.lock().applied.entry((group, index)).or_insert(hash);
         if first != hash {

@@ -40,7 +40,7 @@ const KEYS: u8 = 3;
 const SHARDS: u32 = 2;
 
 /// What all the seeds together must have brought about.
-pub const MUST_HAPPEN: [&str; 16] = [
+pub const MUST_HAPPEN: [&str; 17] = [
     "acknowledged",
     "read",
     "refused",
@@ -55,6 +55,7 @@ pub const MUST_HAPPEN: [&str; 16] = [
     "replacements",
     "moves",
     "discarded",
+    "came back",
     "sleeps",
     "unknown",
 ];
@@ -68,6 +69,8 @@ pub enum Lie {
     Vote,
     /// A leader reads without asking whether it still leads.
     Read,
+    /// A node that was let go forgets that it was ever there.
+    Leave,
 }
 
 /// A place for a node: what outlives its process.
@@ -81,6 +84,9 @@ struct Seat {
 }
 
 struct World {
+    seed: u64,
+    /// Of each shard.
+    replicas: u32,
     coin: Mutex<StdRng>,
     lie: Option<Lie>,
     truth: Arc<Truth>,
@@ -98,8 +104,11 @@ pub async fn run(seed: u64, lie: Option<Lie>) -> Outcome {
     let truth = Arc::new(Truth::new());
     let memory = Path::new("/dev/shm");
     let incoming = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() };
+    let mut coin = StdRng::seed_from_u64(seed);
     let world = Arc::new(World {
-        coin: Mutex::new(StdRng::seed_from_u64(seed)),
+        seed,
+        replicas: coin.random_range(1..8).clamp(1, 3),
+        coin: Mutex::new(coin),
         lie,
         net: Net::new(seed ^ 1, truth.clone()),
         truth,
@@ -110,7 +119,7 @@ pub async fn run(seed: u64, lie: Option<Lie>) -> Outcome {
         quiet_until: Mutex::new(Instant::now()),
         is_over: AtomicBool::new(false),
     });
-    let nodes = if world.happens(0.3) { 5 } else { 3 };
+    let nodes = if world.happens(0.5) { 5 } else { 3 };
     world.clone().found(nodes).await;
     let clients: Vec<_> = (0..CLIENTS).map(|_| TypeConfig::spawn(world.clone().client())).collect();
     let observer = TypeConfig::spawn(world.clone().observe());
@@ -128,8 +137,10 @@ pub async fn run(seed: u64, lie: Option<Lie>) -> Outcome {
     world.truth.outcome()
 }
 
-fn config() -> RaftConfig {
-    RaftConfig { checkpoint_entries: 25, keep_entries: 5, ..RaftConfig::default() }
+/// Some clusters checkpoint often and send snapshots, others keep everything in their logs.
+fn config(seed: u64) -> RaftConfig {
+    let checkpoint_entries = if seed.is_multiple_of(4) { 5000 } else { 25 };
+    RaftConfig { checkpoint_entries, keep_entries: 5, ..RaftConfig::default() }
 }
 
 fn control_voters(state: &ClusterState) -> BTreeSet<NodeId> {
@@ -183,7 +194,7 @@ impl World {
         let log = LogStore::behind(disk::queue(records));
         let peers = Peers::over(Arc::new(End { node, life: life.clone(), net: self.net.clone() }), boot);
         let incoming = self.incoming.path().join(boot.to_string());
-        let groups = Groups::new(node, log, peers, &config(), incoming).expect("a directory");
+        let groups = Groups::new(node, log, peers, &config(self.seed), incoming).expect("a directory");
         self.net.start(node, Running { life: life.clone(), boot, groups: groups.clone() });
         let watch = groups.clone();
         TypeConfig::spawn(life.clone().live(async move { watch.keep_watch().await }));
@@ -213,6 +224,9 @@ impl World {
             return None;
         }
         self.seats.lock().get_mut(&node)?.ledgers.insert(id, ledger.clone());
+        if group.has_come_back() {
+            self.truth.tell("came back", format_args!("group {id} at node {node}"));
+        }
         let work = self.clone().tend(node, group);
         TypeConfig::spawn(life.clone().live(work));
         Some(ledger)
@@ -250,18 +264,27 @@ impl World {
                 if !groups.was_let_go(id, &shard.replicas).await {
                     continue;
                 }
-                groups.close(id).await;
-                if groups.was_let_go(id, &shard.replicas).await && groups.leave(id).await.is_ok() {
-                    let mut seats = self.seats.lock();
-                    if let Some(seat) = seats.get_mut(&node).filter(|_| life.is_alive()) {
-                        seat.ledgers.remove(&id);
-                        seat.disk.forget_state(id.0);
-                        self.truth.tell("discarded", format_args!("group {id} at node {node}"));
+                let (world, alive) = (self.clone(), life.clone());
+                let set_aside = move || world.forget_state(node, id, &alive);
+                if groups.leave_if_let_go(id, &shard.replicas, set_aside).await.unwrap_or(false) {
+                    if self.lie == Some(Lie::Leave) {
+                        // A node that is dying forgets nothing.
+                        drop(groups.forget(id).await);
                     }
+                    self.truth.tell("discarded", format_args!("group {id} at node {node}"));
                 }
             }
             sleep(TICK).await;
         }
+    }
+
+    fn forget_state(&self, node: NodeId, id: GroupId, life: &Life) -> std::io::Result<()> {
+        let mut seats = self.seats.lock();
+        let seat = seats.get_mut(&node).filter(|_| life.is_alive());
+        let seat = seat.ok_or_else(|| std::io::Error::other("this process is dead"))?;
+        seat.ledgers.remove(&id);
+        seat.disk.forget_state(id.0);
+        Ok(())
     }
 
     /// Leads a group's membership while this node leads it, and lets it sleep when it is quiet.
@@ -347,7 +370,7 @@ impl World {
                     ..CollectionConfig::default()
                 },
                 shard_count: Some(SHARDS),
-                replication_factor: Some(3),
+                replication_factor: Some(self.replicas),
                 created_at: 0,
             })
             .await;
@@ -484,7 +507,8 @@ impl World {
     /// Things go wrong, one after the other and at the same time.
     async fn hurt(self: Arc<Self>) {
         let began = Instant::now();
-        let mut may_replace = self.happens(0.4);
+        // With fewer replicas than three a lost disk is a lost group.
+        let mut may_replace = self.replicas >= 3 && self.happens(0.4);
         // A calm start lets most shards begin before anything is lost.
         sleep(self.millis(500, 3000)).await;
         while began.elapsed() < FAULTS {
@@ -562,7 +586,7 @@ impl World {
         let mut weather = self.net.weather();
         weather.loss = self.pick(0, 30) as f64 / 100.0;
         weather.repeats = self.pick(0, 30) as f64 / 100.0;
-        weather.delay = self.millis(2, 150);
+        weather.delay = if self.happens(0.2) { self.millis(500, 1500) } else { self.millis(2, 150) };
         self.truth.tell("storms", format_args!("{weather:?}"));
         self.net.set_weather(weather);
         self.end_weather_later(|weather| {
@@ -671,7 +695,9 @@ impl World {
             .iter()
             .filter_map(|(node, _)| Some((*node, seats.get(node)?.ledgers.get(&GroupId::CONTROL)?.cluster())))
             .collect();
-        let (_, state) = states.iter().max_by_key(|(_, state)| state.version)?;
+        let Some((_, state)) = states.iter().max_by_key(|(_, state)| state.version) else {
+            return Some("no node runs".to_owned());
+        };
         let here: BTreeSet<NodeId> = running.iter().map(|(node, _)| *node).collect();
         let members: BTreeSet<NodeId> = state.nodes.keys().copied().collect();
         if here != members {
@@ -691,7 +717,7 @@ impl World {
                     (Err(_), false) => {}
                 }
             }
-            let (_, first) = all.first()?;
+            let Some((_, first)) = all.first() else { return Some(format!("group {id} is nowhere")) };
             for (node, status) in &all {
                 let is_led = all
                     .iter()
