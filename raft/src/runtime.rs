@@ -24,7 +24,6 @@ pub(crate) async fn blocking<T: Send + 'static>(
 
 /// Does work that blocks.
 #[cfg(test)]
-#[expect(clippy::unused_async, reason = "it waits outside of tests")]
 pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> io::Result<T> + Send + 'static,
 ) -> io::Result<T> {

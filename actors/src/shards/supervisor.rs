@@ -361,15 +361,16 @@ async fn drop_replica(
             Ok(())
         }
     };
-    match others {
-        Some(others) if !cluster.groups().leave_if_let_go(id.into(), &others, set_aside).await? => {
-            return Ok(false);
-        }
-        Some(_) => {}
+    let may_go = match others {
+        Some(others) => cluster.groups().leave_if_let_go(id.into(), &others, set_aside).await?,
         None => {
             tokio::task::spawn_blocking(set_aside).await.map_err(std::io::Error::other)??;
             cluster.groups().forget(id.into()).await?;
+            true
         }
+    };
+    if !may_go {
+        return Ok(false);
     }
     let blobs = blobs.clone();
     let removed = tokio::task::spawn_blocking(move || {
