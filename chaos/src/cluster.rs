@@ -122,7 +122,8 @@ impl Cluster {
                 true => Some(Limits::create(&name)?),
                 false => None,
             };
-            host.launcher.extend(limits.iter().flat_map(Limits::launcher));
+            // Before the network namespace is entered: in there the cgroups are not to be seen.
+            host.launcher.splice(0..0, limits.iter().flat_map(Limits::launcher));
             let mut node = Node::on(host, ports, &name, &dir.join(&name), &models, env)?;
             // Its address is not loopback, but nobody else is on that network.
             node.set_env("SHOAL_INSECURE", "true");

@@ -125,7 +125,7 @@ fn group_commit(is_honest: bool) {
 }
 
 #[test]
-fn what_is_acknowledged_is_durable_in_every_order() {
+fn what_is_acknowledged_is_durable_whatever_the_order() {
     shuttle::check_random(|| group_commit(true), ORDERS);
     shuttle::check_pct(|| group_commit(true), ORDERS, DEPTH);
 }
