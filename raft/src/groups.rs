@@ -123,7 +123,7 @@ pub struct GroupStatus {
 
 impl GroupStatus {
     /// Everybody in the group.
-    fn members(&self) -> BTreeSet<NodeId> {
+    pub(crate) fn members(&self) -> BTreeSet<NodeId> {
         self.voters.union(&self.learners).copied().collect()
     }
 }
@@ -193,7 +193,9 @@ impl Groups {
         let state = machine.clone();
         let machine = Machine::new(machine, &self.inner.incoming, tag.membership);
         let mut config = self.inner.config.clone();
-        Arc::make_mut(&mut config).enable_elect = !log.has_forgotten();
+        if log.has_forgotten() {
+            Arc::make_mut(&mut config).enable_elect = false;
+        }
         let raft = Raft::new(self.inner.node, config, network, log.clone(), machine)
             .await
             .map_err(|error| stopped(error.to_string()))?;

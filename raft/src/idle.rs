@@ -204,13 +204,11 @@ impl Group {
     async fn put_to_sleep(&self) -> bool {
         let seen = self.idle().0.lock().activity;
         let status = self.status();
+        let mut others = status.members();
+        others.remove(&self.node());
         let is_settled = status.role == "leader"
             && status.applied == status.last_index
-            && status.voters.union(&status.learners).all(|member| {
-                *member == self.node() || status.matched.get(member) == Some(&status.last_index)
-            });
-        let others: Vec<NodeId> =
-            status.voters.union(&status.learners).copied().filter(|member| *member != self.node()).collect();
+            && others.iter().all(|member| status.matched.get(member) == Some(&status.last_index));
         if !is_settled || !others.iter().all(|member| self.peers().beats().answers(*member)) {
             return false;
         }

@@ -727,7 +727,7 @@ impl World {
                     && (status.applied, status.last_index) == (first.applied, first.applied)
                     && !status.is_joint
                     && status.voters == voters
-                    && status.voters.union(&status.learners).eq(&members);
+                    && status.members() == members;
                 if !is_whole {
                     return Some(format!("group {id} at node {node}: {status:?}, elsewhere {first:?}"));
                 }
