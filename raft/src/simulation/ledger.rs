@@ -59,6 +59,20 @@ impl Ledger {
         Arc::new(Ledger { group, node, disk, life, truth, held })
     }
 
+    /// The last index that was applied.
+    pub fn last(&self) -> u64 {
+        self.held.lock().last
+    }
+
+    /// Takes over the state of another replica, durably.
+    pub fn become_like(&self, other: &Ledger) -> io::Result<()> {
+        self.alive()?;
+        let state = other.held.lock().clone();
+        self.disk.keep_state(self.group.0, codec::encode(&state));
+        *self.held.lock() = state;
+        Ok(())
+    }
+
     /// The index of a key's last write.
     pub fn version(&self, key: u8) -> u64 {
         self.held.lock().versions.get(&key).copied().unwrap_or_default()

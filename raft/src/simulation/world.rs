@@ -211,6 +211,10 @@ impl World {
     ) -> Option<Arc<Ledger>> {
         let disk = self.seats.lock().get(&node)?.disk.clone();
         let ledger = Ledger::open(id, node, disk, life.clone(), self.truth.clone());
+        let begins_after = groups.purged(id).await.ok()?;
+        if ledger.last() < begins_after && !self.rebuild(&ledger, begins_after).await {
+            return None;
+        }
         let group = match groups.open(id, ledger.clone()).await {
             Ok(group) => group,
             Err(error) => {
@@ -230,6 +234,24 @@ impl World {
         let work = self.clone().tend(node, group);
         TypeConfig::spawn(life.clone().live(work));
         Some(ledger)
+    }
+
+    /// Gives a replica whose state ends before its log begins the state of another one. Returns
+    /// whether there was one; otherwise it is tried again later.
+    async fn rebuild(&self, ledger: &Ledger, least: u64) -> bool {
+        let id = ledger.group;
+        for (from, _) in self.net.all_running() {
+            let asked = self.ask(from, id, async |_| Ok(())).await;
+            let other = self.seats.lock().get(&from).and_then(|seat| seat.ledgers.get(&id).cloned());
+            if let (Some(Ok(())), Some(other)) = (asked, other)
+                && other.last() >= least
+                && ledger.become_like(&other).is_ok()
+            {
+                self.truth.tell("rebuilt", format_args!("group {id} at node {}", ledger.node));
+                return true;
+            }
+        }
+        false
     }
 
     /// Opens the replicas that a node should have, and discards those that were let go.
@@ -257,11 +279,12 @@ impl World {
                 let Some((_, shard)) = placed.filter(|(_, shard)| !shard.replicas.contains(&node)) else {
                     continue;
                 };
-                if groups.get(id).is_err() {
-                    // It may still vote, and others may wait for it.
-                    self.open(node, id, &groups, &life).await;
-                }
+                // Asked before it is opened: its state may be gone already.
                 if !groups.was_let_go(id, &shard.replicas).await {
+                    if groups.get(id).is_err() {
+                        // It may still vote, and others may wait for it.
+                        self.open(node, id, &groups, &life).await;
+                    }
                     continue;
                 }
                 let (world, alive) = (self.clone(), life.clone());
