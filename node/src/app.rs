@@ -1,12 +1,14 @@
 //! What the handlers share.
 
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use metrics_exporter_prometheus::PrometheusHandle;
 use shoal_actors::Running;
 use shoal_proto::Error;
 use tokio::sync::Semaphore;
 
+use crate::admission::Admission;
 use crate::config::Config;
 use crate::log::LogLevel;
 
@@ -22,13 +24,18 @@ struct Inner {
     metrics: PrometheusHandle,
     log_level: LogLevel,
     requests: Semaphore,
+    admission: Admission,
 }
 
 impl App {
     /// An app whose node has not started yet: it can only tell its health.
     pub fn new(config: Config, metrics: PrometheusHandle, log_level: LogLevel) -> App {
-        let requests = Semaphore::new(config.limits.concurrent_requests);
-        App { inner: Arc::new(Inner { config, running: OnceLock::new(), metrics, log_level, requests }) }
+        let limits = &config.limits;
+        let requests = Semaphore::new(limits.concurrent_requests);
+        let patience = Duration::from_millis(limits.queue_milliseconds);
+        let admission = Admission::new(limits.concurrent_requests, patience);
+        let running = OnceLock::new();
+        App { inner: Arc::new(Inner { config, running, metrics, log_level, requests, admission }) }
     }
 
     /// The node has started.
@@ -63,8 +70,13 @@ impl App {
         &self.inner.log_level
     }
 
-    /// Requests that may be served at once.
+    /// Requests that may be here at once, in work or in line.
     pub fn requests(&self) -> &Semaphore {
         &self.inner.requests
+    }
+
+    /// Who of them may go to work.
+    pub fn admission(&self) -> &Admission {
+        &self.inner.admission
     }
 }

@@ -189,8 +189,10 @@ pub struct Limits {
     pub body_bytes: usize,
     /// The largest uploaded file in bytes.
     pub upload_bytes: usize,
-    /// Requests served at once; beyond them 429.
+    /// Requests that are on the node at once, in work or in line; beyond them 429.
     pub concurrent_requests: usize,
+    /// Milliseconds that a request waits in line when the node has more to do than it can; then 429.
+    pub queue_milliseconds: u64,
     /// Seconds that a request may take when the client does not say.
     pub request_seconds: u64,
     /// Seconds in which a client must have sent its headers.
@@ -278,6 +280,7 @@ impl Default for Limits {
             body_bytes: 32 << 20,
             upload_bytes: 256 << 20,
             concurrent_requests: 1024,
+            queue_milliseconds: 1000,
             request_seconds: 10,
             header_seconds: 10,
             default_consistency: ConsistencySetting::default(),

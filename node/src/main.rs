@@ -1,5 +1,6 @@
 //! The `shoal` binary: one node of a document retrieval cluster, and the commands to use it.
 
+mod admission;
 mod app;
 mod cli;
 mod config;

@@ -48,6 +48,7 @@ pub async fn run(config: Config) -> Result<()> {
     let handle = Handle::new();
     let mut server = tokio::spawn(serve_http(app.clone(), handle.clone()));
     tokio::spawn(metrics::observe(app.clone()));
+    tokio::spawn(app.admission().clone().adapt());
     tracing::info!(name = config.name, http = %config.http, grpc = %config.grpc, mesh = %config.mesh, "listening");
 
     let peers = Peers::new(tls.channels());

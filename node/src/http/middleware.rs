@@ -4,7 +4,7 @@ use std::any::Any;
 use std::time::Instant;
 
 use axum::extract::{MatchedPath, Request, State};
-use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use metrics::{counter, gauge, histogram};
@@ -71,19 +71,31 @@ fn request_id(headers: &HeaderMap) -> String {
     given.filter(is_good).map_or_else(|| Uuid::new_v4().to_string(), str::to_owned)
 }
 
-/// Refuses what is beyond the number of requests that are served at once. Health is answered
-/// always, so that a busy node is not taken for a dead one.
+/// Refuses what is beyond the number of requests that may be here at once, and what waits in line
+/// for too long. Health is answered always, so that a busy node is not taken for a dead one.
 pub(super) async fn limit_concurrency(State(app): State<App>, request: Request, next: Next) -> Response {
     if OPEN.contains(&request.uri().path()) {
         return next.run(request).await;
     }
-    match app.requests().try_acquire() {
-        Ok(_permit) => next.run(request).await,
-        Err(_) => {
-            let surface = Surface::of(request.uri().path());
-            render(&Error::new(ErrorCode::Busy, "too many requests at once; try again"), surface)
-        }
+    let surface = Surface::of(request.uri().path());
+    let Ok(_permit) = app.requests().try_acquire() else {
+        return render(&Error::new(ErrorCode::Busy, "too many requests at once; try again"), surface);
+    };
+    if !must_queue(request.method(), request.uri().path()) {
+        return next.run(request).await;
     }
+    let Some(_place) = app.admission().enter().await else {
+        let reason = "this node has more to do than it can; try again, or another node";
+        return render(&Error::new(ErrorCode::Busy, reason), surface);
+    };
+    next.run(request).await
+}
+
+/// Whether a request stands in line on a busy node. Operators do not, and neither do uploads: they
+/// take long by their nature, and mostly wait for their senders.
+fn must_queue(method: &Method, path: &str) -> bool {
+    let is_upload = method == Method::POST && path == "/v1/files";
+    !is_upload && path != "/metrics" && !["/admin", "/health"].iter().any(|prefix| path.starts_with(prefix))
 }
 
 /// Lets in who has the key. Keys are compared by their hashes in constant time.
