@@ -5,17 +5,19 @@
 //! of a shard's replicas *before* the log entry that names it is proposed. A replica that
 //! lacks one fetches it from another ([`fetch`]) and checks the hash of what it got.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::Stream;
 use shoal_proto::peer::{GetBlobRequest, Piece};
 use shoal_proto::{BlobHash, Error, ErrorCode, NodeId, ShardId, codec};
 use shoal_raft::Lane;
+use shoal_raft::cluster::ClusterState;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio_stream::StreamExt;
 
@@ -230,7 +232,16 @@ impl Drop for Upload {
     }
 }
 
-/// Makes a finished upload durable on a majority of a shard's replicas and returns its hash.
+/// A blob that is durable on a majority of a shard's replicas.
+pub struct Replicated {
+    /// Its hash.
+    pub hash: BlobHash,
+    shard: ShardId,
+    /// The replicas that the shard was to have when it was sent.
+    replicas: BTreeSet<NodeId>,
+}
+
+/// Makes a finished upload durable on a majority of a shard's replicas.
 ///
 /// # Errors
 /// Unavailable when no majority could take it; nothing names the blob then.
@@ -239,19 +250,62 @@ pub async fn replicate(
     store: &BlobStore,
     shard: ShardId,
     upload: Upload,
-) -> Result<BlobHash, Error> {
+) -> Result<Replicated, Error> {
     let hash = upload.hash();
-    let state = cluster.state();
-    let replicas =
-        state.shards.get(&shard).ok_or_else(|| Error::not_found(format!("shard {shard} does not exist")))?;
-    let replicas = replicas.replicas.clone();
-    let majority = replicas.len() / 2 + 1;
+    let replicas = replicas_of(&cluster.state(), shard)?;
     // It is finished here first, so that it can be sent from here; when this node holds no
     // replica, the copy is deleted again below.
     upload.finish(store, shard).await.map_err(|error| match error.kind() {
         io::ErrorKind::StorageFull => Error::new(ErrorCode::DiskFull, "the disk of this node is full"),
         _ => Error::internal(format!("the upload could not be stored: {error}")),
     })?;
+    spread(cluster, store, shard, hash, &replicas).await?;
+    Ok(Replicated { hash, shard, replicas })
+}
+
+impl Replicated {
+    /// To be called when the log names the blob: if the shard has been given other replicas since it was
+    /// sent, a majority of those is to have it before anybody is told that it is safe. From then on
+    /// whoever gets a vote has counted it among its files.
+    ///
+    /// # Errors
+    /// Unknown, when that could not be done in time: the file is there, and may not be safe.
+    pub async fn settle(
+        mut self,
+        cluster: &Cluster,
+        store: &BlobStore,
+        deadline: Instant,
+    ) -> Result<(), Error> {
+        let unknown = |error: Error| Error::new(ErrorCode::Unknown, error.message);
+        loop {
+            let state = cluster.fresh_state(deadline).await.map_err(unknown)?;
+            let replicas = replicas_of(&state, self.shard)?;
+            if replicas == self.replicas {
+                return Ok(());
+            }
+            let bytes = fetch(cluster, store, self.shard, self.hash).await.map_err(unknown)?;
+            keep(store, self.shard, self.hash, &bytes).await;
+            spread(cluster, store, self.shard, self.hash, &replicas).await.map_err(unknown)?;
+            self.replicas = replicas;
+        }
+    }
+}
+
+fn replicas_of(state: &ClusterState, shard: ShardId) -> Result<BTreeSet<NodeId>, Error> {
+    let shard =
+        state.shards.get(&shard).ok_or_else(|| Error::not_found(format!("shard {shard} does not exist")))?;
+    Ok(shard.replicas.clone())
+}
+
+/// Sends a blob that is here to the others of these, until a majority has it.
+async fn spread(
+    cluster: &Cluster,
+    store: &BlobStore,
+    shard: ShardId,
+    hash: BlobHash,
+    replicas: &BTreeSet<NodeId>,
+) -> Result<(), Error> {
+    let majority = replicas.len() / 2 + 1;
     let is_replica = replicas.contains(&cluster.node());
     let mut durable = usize::from(is_replica);
     let others = replicas.iter().filter(|node| **node != cluster.node());
@@ -273,7 +327,7 @@ pub async fn replicate(
     }
     // The sends that are still under way go on by themselves.
     if durable >= majority {
-        return Ok(hash);
+        return Ok(());
     }
     Err(Error::unavailable(format!(
         "the upload reached {durable} of {} replicas of shard {shard}: {reason}",
@@ -315,7 +369,9 @@ pub async fn fetch(
     };
     let state = cluster.state();
     let replicas = state.shards.get(&shard).map(|shard| shard.replicas.clone()).unwrap_or_default();
-    for node in replicas.iter().filter(|node| **node != cluster.node()) {
+    // While a shard moves, those that are to hold it may all be new to it.
+    let others = state.nodes.keys().filter(|node| !replicas.contains(node));
+    for node in replicas.iter().chain(others).filter(|node| **node != cluster.node()) {
         match fetch_from(cluster, shard, hash, *node).await {
             Ok(bytes) if *blake3::hash(&bytes).as_bytes() == hash.0 => {
                 if replicas.contains(&cluster.node()) {

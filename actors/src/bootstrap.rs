@@ -198,7 +198,8 @@ fn decide(name: &str, expect: usize, greetings: &BTreeMap<String, (String, Strin
 async fn greet(peers: &Peers, discovery: &Discovery) -> BTreeMap<String, (String, String)> {
     let mut greetings = BTreeMap::new();
     for address in resolve(&discovery.join).await {
-        if let Some(reply) = hello(peers, &discovery.name, &address).await
+        let request = HelloRequest { name: discovery.name.clone(), ..HelloRequest::default() };
+        if let Some(reply) = hello(peers, request, &address).await
             && reply.name != discovery.name
         {
             greetings.insert(address, (reply.name, reply.cluster_id));
@@ -207,9 +208,8 @@ async fn greet(peers: &Peers, discovery: &Discovery) -> BTreeMap<String, (String
     greetings
 }
 
-async fn hello(peers: &Peers, name: &str, address: &str) -> Option<HelloReply> {
+async fn hello(peers: &Peers, request: HelloRequest, address: &str) -> Option<HelloReply> {
     let mut client = peers.client_at(address).ok()?;
-    let request = HelloRequest { name: name.to_owned() };
     match tokio::time::timeout(HELLO_TIMEOUT, client.hello(request)).await {
         Ok(Ok(reply)) => Some(reply.into_inner()),
         Ok(Err(status)) => {
@@ -331,16 +331,25 @@ async fn join(
 }
 
 /// Learns the present addresses of members directly, for a restart at which the addresses in
-/// the cluster's state may all be out of date.
-pub async fn learn_addresses(peers: &Peers, discovery: &Discovery, cluster_id: &str) {
+/// the cluster's state may all be out of date. A node that was removed while it was away is told so
+/// by nobody else: returns whether this one was.
+pub async fn learn_addresses(peers: &Peers, discovery: &Discovery, file: &NodeFile) -> bool {
+    let mut is_removed = false;
     for address in resolve(&discovery.join).await {
-        if let Some(reply) = hello(peers, &discovery.name, &address).await
+        let request = HelloRequest {
+            name: discovery.name.clone(),
+            node_id: file.node.0,
+            cluster_id: file.cluster_id.clone(),
+        };
+        if let Some(reply) = hello(peers, request, &address).await
             && reply.node_id != 0
-            && reply.cluster_id == cluster_id
+            && reply.cluster_id == file.cluster_id
         {
+            is_removed |= reply.is_removed;
             peers.set_address(NodeId(reply.node_id), &address);
         }
     }
+    is_removed
 }
 
 #[cfg(test)]

@@ -4,10 +4,11 @@
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use shoal_engine::command::{Answer, Read};
-use shoal_proto::{Error, GroupId, NodeId};
+use shoal_proto::{BlobHash, Error, GroupId, NodeId};
 
 use crate::embed::TextKind;
 use crate::parse::Parsed;
+use crate::placement::{NodeReport, Plan};
 
 /// How fresh a read must be.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -74,6 +75,24 @@ pub(crate) enum Call {
         /// The texts.
         texts: Vec<String>,
     },
+    /// Say what there is on your node.
+    Report,
+    /// Say what placement would do, if your node leads the control group.
+    Plan,
+    /// Hand a group that you lead over to another of its members.
+    TransferLeader {
+        /// The group.
+        group: GroupId,
+        /// Who is to lead it.
+        to: NodeId,
+    },
+    /// Name the blobs that your replica names and does not have.
+    MissingBlobs {
+        /// The shard's group.
+        group: GroupId,
+        /// The index that must be applied.
+        least: u64,
+    },
 }
 
 /// What came back.
@@ -92,6 +111,14 @@ pub(crate) enum Reply {
     Parsed(Parsed),
     /// One vector per text.
     Embedded(Vec<Vec<f32>>),
+    /// What there is.
+    Reported(NodeReport),
+    /// What placement would do.
+    Planned(Plan),
+    /// These, and none else.
+    Missing(Vec<BlobHash>),
+    /// Done, nothing to tell.
+    Done,
     /// Nothing was done: somebody else leads.
     NotLeader(Option<NodeId>),
     /// The answer is too large for the mesh; ask again over gRPC.

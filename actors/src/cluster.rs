@@ -11,13 +11,13 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use parking_lot::{Mutex, RwLock};
 use shoal_engine::Shard;
-use shoal_engine::command::{Answer, Command, Envelope, Outcome, Read};
+use shoal_engine::command::{Answer, Command, Envelope, FileRecord, Outcome, Read};
 use shoal_proto::peer::CallRequest;
 use shoal_proto::planted::{Bug, is_planted};
 use shoal_proto::{Error, ErrorCode, GroupId, NodeId, Position, RequestId, ShardId, codec};
@@ -25,10 +25,12 @@ use shoal_raft::cluster::{self, ClusterState};
 use shoal_raft::{Error as RaftError, Group, Groups, Lane};
 use tokio::sync::{Semaphore, watch};
 
+use crate::blobs::BlobStore;
 use crate::call::{Call, Consistency, Reply};
 use crate::latencies::Latencies;
 use crate::limits;
 use crate::mesh;
+use crate::placement::Plan;
 use crate::work::Work;
 
 /// A shard replica that is open on this node.
@@ -38,6 +40,8 @@ pub struct LocalShard {
     pub shard: Arc<Shard>,
     /// Its group.
     pub group: Group,
+    /// The bytes of its files.
+    pub(crate) blobs: BlobStore,
 }
 
 /// How a request wants its reads, and until when.
@@ -101,6 +105,9 @@ struct Inner {
     reads_waiting: AtomicUsize,
     shard_proposals: RwLock<HashMap<GroupId, Arc<Semaphore>>>,
     writable: std::sync::atomic::AtomicBool,
+    disk_free_bytes: AtomicU64,
+    /// What placement would do, where the control group's leader is.
+    plan: RwLock<Option<Arc<Plan>>>,
     /// Parsers and embedders; set once, while the node starts.
     work: std::sync::OnceLock<Work>,
 }
@@ -118,6 +125,8 @@ impl Cluster {
             reads_waiting: AtomicUsize::new(0),
             shard_proposals: RwLock::default(),
             writable: std::sync::atomic::AtomicBool::new(true),
+            disk_free_bytes: AtomicU64::new(0),
+            plan: RwLock::default(),
             work: std::sync::OnceLock::new(),
         };
         Cluster { inner: Arc::new(inner) }
@@ -172,6 +181,20 @@ impl Cluster {
     /// Lets writes in or keeps them out: below the disk's reserve nothing new is taken.
     pub fn set_writable(&self, writable: bool) {
         self.inner.writable.store(writable, Ordering::Release);
+    }
+
+    /// Notes how much of the disk is free.
+    pub(crate) fn note_disk(&self, free_bytes: u64) {
+        self.inner.disk_free_bytes.store(free_bytes, Ordering::Relaxed);
+    }
+
+    pub(crate) fn disk_free_bytes(&self) -> u64 {
+        self.inner.disk_free_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Keeps what placement would do, for those who ask; nothing where it does not act.
+    pub(crate) fn set_plan(&self, plan: Option<Arc<Plan>>) {
+        *self.inner.plan.write() = plan;
     }
 
     /// Whether the disk has room for writes.
@@ -295,12 +318,7 @@ impl Cluster {
                     break;
                 }
                 Reply::Failed(error) => return Err(error),
-                Reply::Index(_)
-                | Reply::Answered(..)
-                | Reply::StateSums(_)
-                | Reply::Parsed(_)
-                | Reply::Embedded(_)
-                | Reply::UseGrpc => {
+                _ => {
                     return Err(Error::internal("a peer answered a proposal with something else"));
                 }
             }
@@ -352,12 +370,17 @@ impl Cluster {
         self.inner.groups.get(group).ok().and_then(|group| group.leader())
     }
 
-    /// A node that may know more about a group: its members in turn, self last.
+    /// A node that may know more about a group: in turn those that are to be its members, then the
+    /// others, of whom one may still have what has not arrived at its new place.
     fn some_member(&self, group: GroupId, attempt: usize) -> Option<NodeId> {
         let state = self.state();
         let members: Vec<NodeId> = match group {
             GroupId::CONTROL => state.nodes.keys().copied().collect(),
-            group => state.shards.get(&ShardId(group.0))?.replicas.iter().copied().collect(),
+            group => {
+                let replicas = &state.shards.get(&ShardId(group.0))?.replicas;
+                let others = state.nodes.keys().filter(|node| !replicas.contains(node));
+                replicas.iter().chain(others).copied().collect()
+            }
         };
         // Before the first node is added, the control group is this node alone.
         let alone = (group == GroupId::CONTROL).then(|| self.node());
@@ -457,13 +480,7 @@ impl Cluster {
                 }
                 Reply::Failed(error) if error.code.is_retryable() => reason = error.message,
                 Reply::Failed(error) => return Err(error),
-                Reply::NotLeader(_)
-                | Reply::UseGrpc
-                | Reply::Index(_)
-                | Reply::Proposed(..)
-                | Reply::StateSums(_)
-                | Reply::Parsed(_)
-                | Reply::Embedded(_) => {
+                _ => {
                     reason = format!("node {target} could not answer");
                 }
             }
@@ -530,6 +547,26 @@ impl Cluster {
                 let local = self.local_shard(ShardId(group.0)).ok_or(RaftError::UnknownGroup(group))?;
                 Ok(Reply::StateSums(local.shard.state_sums()))
             }
+            Call::Report => Ok(Reply::Reported(self.report())),
+            Call::Plan => Ok(match self.inner.plan.read().clone() {
+                Some(plan) => Reply::Planned((*plan).clone()),
+                None => Reply::Failed(Error::unavailable("this node does not lead the control group")),
+            }),
+            Call::TransferLeader { group, to } => {
+                self.inner.groups.get(group)?.transfer_leader(to).await?;
+                Ok(Reply::Done)
+            }
+            Call::MissingBlobs { group, least } => {
+                let local = self.local_shard(ShardId(group.0)).ok_or(RaftError::UnknownGroup(group))?;
+                local.group.wait_applied(least, Duration::ZERO).await?;
+                Ok(match self.missing_blobs(&local).await {
+                    Ok(missing) if missing.len() > limits::MAX_MISSING_NAMED => {
+                        Reply::Failed(Error::unavailable("too many blobs are missing here to name them"))
+                    }
+                    Ok(missing) => Reply::Missing(missing.into_iter().map(|file| file.blob).collect()),
+                    Err(error) => Reply::Failed(error),
+                })
+            }
             work @ (Call::Parse { .. } | Call::Embed { .. }) => Ok(match self.work() {
                 Some(pool) => pool.serve(work).await,
                 None => Reply::Failed(Error::unavailable("this node is still starting")),
@@ -591,6 +628,20 @@ impl Cluster {
             attempts += 1;
             tokio::time::sleep(limits::RETRY_PAUSE * attempts.min(4)).await;
         }
+    }
+
+    /// The files that a replica names and whose bytes are not here.
+    pub(crate) async fn missing_blobs(&self, local: &LocalShard) -> Result<Vec<FileRecord>, Error> {
+        let (_, answer) = self.run_read(local.shard.clone(), Read::ListFiles).await?;
+        let Answer::Files(mut files) = answer else {
+            return Err(Error::internal("a shard did not answer with its files"));
+        };
+        let (blobs, shard) = (local.blobs.clone(), ShardId(local.group.id().0));
+        let missing = tokio::task::spawn_blocking(move || {
+            files.retain(|file| !blobs.contains(shard, file.blob));
+            files
+        });
+        missing.await.map_err(Error::internal)
     }
 
     /// Answers a cheap question right here, and any other on the blocking pool, a bounded number

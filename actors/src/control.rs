@@ -9,7 +9,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use shoal_engine::files;
 use shoal_proto::{ErrorCode, codec};
-use shoal_raft::cluster::{ClusterState, Command, Response};
+use shoal_raft::cluster::{self, ClusterState, Command, Response};
 use shoal_raft::machine::Exported;
 use shoal_raft::{Committed, Export, StateMachine};
 use tokio::sync::watch;
@@ -53,7 +53,7 @@ impl Control {
 }
 
 fn seal(held: &Held) -> Vec<u8> {
-    let body = codec::encode(&(&held.tag, &held.state));
+    let body = cluster::write(&held.tag, &held.state);
     [&blake3::hash(&body).as_bytes()[..], &body].concat()
 }
 
@@ -65,8 +65,8 @@ fn unseal(bytes: &[u8]) -> io::Result<Held> {
         return Err(damaged("wrong checksum".into()));
     }
     // Whole, but of another version.
-    let decoded = codec::decode(body);
-    let (tag, state) = decoded.map_err(|error| io::Error::other(format!("cluster state: {error}")))?;
+    let read = cluster::read(body);
+    let (tag, state) = read.map_err(|error| io::Error::other(format!("cluster state: {error}")))?;
     Ok(Held { tag, state })
 }
 

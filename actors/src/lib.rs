@@ -20,6 +20,7 @@
 //! | [`bootstrap`] | how a node comes to belong to a cluster |
 //! | [`blobs`] | original bytes, content-addressed and replicated beside the log |
 //! | [`parse`], [`embed`], [`work`] | files to text, text to vectors, here or on an idle node |
+//! | [`placement`] | who holds what: planned, carried out, ordered by hand |
 //! | [`tls`] | encryption between nodes |
 //! | [`root`] | start and stop |
 //!
@@ -38,7 +39,7 @@ mod latencies;
 pub mod limits;
 mod mesh;
 pub mod parse;
-mod placement;
+pub mod placement;
 mod replica;
 pub mod root;
 pub mod search;

@@ -16,6 +16,8 @@ pub const MAX_POINTS_PER_ENTRY: usize = 512;
 pub const MAX_ENTRY_BYTES: usize = 1 << 20;
 /// The largest message between actors of different nodes, in bytes.
 pub const MAX_MESH_BYTES: usize = 256 << 10;
+/// The most missing blobs that a replica names when it is asked whether it is whole.
+pub const MAX_MISSING_NAMED: usize = 1000;
 /// How long an edge waits before it looks for a leader again.
 pub const RETRY_PAUSE: Duration = Duration::from_millis(15);
 /// The least time after which a slow search is asked of a second replica as well.

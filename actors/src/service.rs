@@ -67,13 +67,17 @@ type PieceStream = Pin<Box<dyn Stream<Item = Result<Piece, Status>> + Send>>;
 
 #[tonic::async_trait]
 impl Peer for PeerService {
-    async fn hello(&self, _: Request<HelloRequest>) -> Result<tonic::Response<HelloReply>, Status> {
+    async fn hello(&self, request: Request<HelloRequest>) -> Result<tonic::Response<HelloReply>, Status> {
         let identity = self.identity.read().clone();
+        let HelloRequest { node_id, cluster_id, .. } = request.into_inner();
+        let is_removed = cluster_id == identity.cluster_id
+            && self.node.get().is_some_and(|(cluster, _)| cluster.state().removed.contains(&NodeId(node_id)));
         Ok(tonic::Response::new(HelloReply {
             name: identity.name,
             node_id: identity.node.0,
             cluster_id: identity.cluster_id,
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            is_removed,
         }))
     }
 

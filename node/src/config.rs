@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use shoal_actors::Consistency;
 use shoal_actors::embed::HttpModelConfig;
 use shoal_actors::parse::ParseLimits;
+use shoal_actors::placement::PlacementLimits;
 use shoal_raft::{LogConfig, RaftConfig};
 
 /// A shorter secret is refused where strangers can reach the node: who can connect can try guesses
@@ -88,6 +89,15 @@ pub struct ServeArgs {
     /// Seconds that a blob is kept that no file names (any more, or yet).
     #[arg(long, env = "SHOAL_BLOB_GRACE_SECONDS")]
     pub blob_grace_seconds: Option<u64>,
+    /// Requests in work at once; by the cores when zero.
+    #[arg(long, env = "SHOAL_WORKING_REQUESTS")]
+    pub working_requests: Option<usize>,
+    /// Move everything to other nodes before stopping, as when a cluster gets smaller.
+    #[arg(long, env = "SHOAL_DRAIN_ON_STOP")]
+    pub drain_on_stop: bool,
+    /// Seconds after which a silent node is replaced by others.
+    #[arg(long, env = "SHOAL_REPAIR_AFTER")]
+    pub repair_after: Option<u64>,
 }
 
 /// How log lines look.
@@ -149,6 +159,8 @@ pub struct Config {
     pub blob_grace_seconds: u64,
     /// Raft timers and sizes.
     pub raft: RaftSettings,
+    /// When what is moved between nodes.
+    pub placement: PlacementSettings,
     /// Limits of the HTTP edge.
     pub limits: Limits,
     /// Limits of one parse.
@@ -181,6 +193,20 @@ pub struct RaftSettings {
     pub log_purge_bytes: u64,
 }
 
+/// When what is moved between nodes.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PlacementSettings {
+    /// Seconds after which a silent node's replicas are made anew on others, from 5.
+    pub repair_after_seconds: u64,
+    /// Seconds of calm after which leaders are balanced.
+    pub calm_before_leaders_seconds: u64,
+    /// Whether everything is moved to other nodes before this one stops.
+    pub drain_on_stop: bool,
+    /// Seconds that this may take; then the node stops all the same.
+    pub drain_seconds: u64,
+}
+
 /// Limits of the HTTP edge.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -191,6 +217,8 @@ pub struct Limits {
     pub upload_bytes: usize,
     /// Requests that are on the node at once, in work or in line; beyond them 429.
     pub concurrent_requests: usize,
+    /// Requests in work at once; the others wait in line. By the cores that this process may use when zero.
+    pub working_requests: usize,
     /// Milliseconds that a request waits in line when the node has more to do than it can; then 429.
     pub queue_milliseconds: u64,
     /// Seconds that a request may take when the client does not say.
@@ -250,6 +278,7 @@ impl Default for Config {
             disk_reserve_bytes: 256 << 20,
             blob_grace_seconds: 3600,
             raft: RaftSettings::default(),
+            placement: PlacementSettings::default(),
             limits: Limits::default(),
             parse: ParseLimits::default(),
             parsers: 0,
@@ -274,12 +303,35 @@ impl Default for RaftSettings {
     }
 }
 
+impl Default for PlacementSettings {
+    fn default() -> Self {
+        let limits = PlacementLimits::default();
+        PlacementSettings {
+            repair_after_seconds: limits.repair_after.as_secs(),
+            calm_before_leaders_seconds: limits.calm_before_leaders.as_secs(),
+            drain_on_stop: false,
+            drain_seconds: 300,
+        }
+    }
+}
+
+impl PlacementSettings {
+    /// What bounds placement, as the actors crate wants it.
+    pub fn limits(&self) -> PlacementLimits {
+        PlacementLimits {
+            repair_after: Duration::from_secs(self.repair_after_seconds),
+            calm_before_leaders: Duration::from_secs(self.calm_before_leaders_seconds),
+        }
+    }
+}
+
 impl Default for Limits {
     fn default() -> Self {
         Limits {
             body_bytes: 32 << 20,
             upload_bytes: 256 << 20,
             concurrent_requests: 1024,
+            working_requests: 0,
             queue_milliseconds: 1000,
             request_seconds: 10,
             header_seconds: 10,
@@ -356,6 +408,9 @@ impl Config {
         set(&mut self.raft.keep_entries, &args.raft_keep_entries);
         set(&mut self.disk_reserve_bytes, &args.disk_reserve);
         set(&mut self.blob_grace_seconds, &args.blob_grace_seconds);
+        set(&mut self.limits.working_requests, &args.working_requests);
+        set(&mut self.placement.repair_after_seconds, &args.repair_after);
+        self.placement.drain_on_stop |= args.drain_on_stop;
         self.insecure |= args.insecure;
         self.metrics_open |= args.metrics_open;
     }
@@ -384,6 +439,11 @@ impl Config {
             raft.checkpoint_entries >= 100,
             "raft.checkpoint_entries: {} is less than 100",
             raft.checkpoint_entries
+        );
+        ensure!(
+            self.placement.repair_after_seconds >= 5,
+            "placement.repair_after_seconds: {} is less than 5",
+            self.placement.repair_after_seconds
         );
         ensure!(self.limits.body_bytes <= 60 << 20, "limits.body_bytes: at most 60 MiB fit into the log");
         ensure!(

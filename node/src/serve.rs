@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use axum_server::Handle;
@@ -20,7 +20,7 @@ use shoal_actors::embed::{Embedders, HttpModel, LocalModel, Model};
 use shoal_actors::service::PeerService;
 use shoal_actors::tls::PeerTls;
 use shoal_actors::work::WorkConfig;
-use shoal_actors::{NodeConfig, start};
+use shoal_actors::{NodeConfig, Running, start};
 use shoal_raft::Peers;
 use shoal_raft::cluster::Addresses;
 use tokio::signal::unix::{SignalKind, signal};
@@ -48,7 +48,6 @@ pub async fn run(config: Config) -> Result<()> {
     let handle = Handle::new();
     let mut server = tokio::spawn(serve_http(app.clone(), handle.clone()));
     tokio::spawn(metrics::observe(app.clone()));
-    tokio::spawn(app.admission().clone().adapt());
     tracing::info!(name = config.name, http = %config.http, grpc = %config.grpc, mesh = %config.mesh, "listening");
 
     let peers = Peers::new(tls.channels());
@@ -63,6 +62,11 @@ pub async fn run(config: Config) -> Result<()> {
         stopped = &mut server => stopped.context("HTTP")??,
         () = stop_signal() => {}
     }
+    if config.placement.drain_on_stop
+        && let Ok(running) = app.running()
+    {
+        drain(running, Duration::from_secs(config.placement.drain_seconds)).await;
+    }
     tracing::info!("stopping: leadership is handed over, requests under way finish");
     handle.graceful_shutdown(Some(DRAIN));
     if let Ok(running) = app.running() {
@@ -71,6 +75,18 @@ pub async fn run(config: Config) -> Result<()> {
     drop(tokio::time::timeout(DRAIN, server).await);
     tracing::info!("stopped");
     Ok(())
+}
+
+/// Moves everything to other nodes. Requests are served meanwhile; a second signal ends the wait.
+async fn drain(running: &Running, patience: Duration) {
+    tracing::info!("draining: everything moves to other nodes before this one stops");
+    tokio::select! {
+        drained = running.drain(Instant::now() + patience) => match drained {
+            Ok(()) => tracing::info!("drained"),
+            Err(error) => tracing::error!(%error, "this node stops before it is drained"),
+        },
+        () = stop_signal() => tracing::warn!("this node stops before it is drained: it was told again to stop"),
+    }
 }
 
 async fn serve_http(app: App, handle: Handle<std::net::SocketAddr>) -> Result<()> {
@@ -137,6 +153,7 @@ fn node_config(config: &Config, embedders: Embedders, tls: PeerTls) -> NodeConfi
         mesh: config.mesh,
         disk_reserve_bytes: config.disk_reserve_bytes,
         blob_grace: Duration::from_secs(config.blob_grace_seconds),
+        placement: config.placement.limits(),
         work: WorkConfig {
             embedders,
             parse_limits: config.parse,

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -36,7 +37,7 @@ const MEMBERSHIP_TIMEOUT: Duration = Duration::from_secs(1);
 /// The most entries that wait to be purged together.
 const PURGE_BATCH: u64 = 256;
 /// After so long without a new leader another member is asked to lead.
-const TRANSFER_RETRY: Duration = Duration::from_millis(500);
+const TRANSFER_RETRY: Duration = Duration::from_millis(300);
 
 /// Timers and limits of every group.
 #[derive(Clone, Debug)]
@@ -90,6 +91,8 @@ pub struct Group {
     peers: Peers,
     idle: Arc<Idle>,
     heard: Arc<Heard>,
+    /// The term in which this node, its leader, hands the group over; zero when it does not.
+    handing_over: Arc<AtomicU64>,
 }
 
 /// What is known about a group on this node.
@@ -123,7 +126,7 @@ pub struct GroupStatus {
 
 impl GroupStatus {
     /// Everybody in the group.
-    pub(crate) fn members(&self) -> BTreeSet<NodeId> {
+    pub fn members(&self) -> BTreeSet<NodeId> {
         self.voters.union(&self.learners).copied().collect()
     }
 }
@@ -205,8 +208,8 @@ impl Groups {
         let members = raft.metrics().borrow_watched().membership_config.membership().nodes().count();
         log.company().note_first(members);
         let (node, peers) = (self.inner.node, self.inner.peers.clone());
-        let (idle, heard) = (Arc::default(), Arc::default());
-        let group = Group { id, node, raft, state, log, peers, idle, heard };
+        let (idle, heard, handing_over) = (Arc::default(), Arc::default(), Arc::default());
+        let group = Group { id, node, raft, state, log, peers, idle, heard, handing_over };
         self.inner.groups.write().insert(id, group.clone());
         Ok(group)
     }
@@ -605,10 +608,15 @@ impl Group {
     /// where this node does not lead.
     pub async fn transfer_leader(&self, to: NodeId) -> Result<(), Error> {
         let status = self.status();
-        if status.role == "leader" {
-            self.ask_to_lead(to).await?;
+        if status.role == "leader" && self.handing_over.swap(status.term, Ordering::AcqRel) != status.term {
             let group = self.clone();
-            tokio::spawn(async move { group.insist_on_transfer(to, status.term).await });
+            // First of all: whoever waits here may go away.
+            tokio::spawn(async move {
+                group.insist_on_transfer(to, status.term).await;
+                let of_now = &group.handing_over;
+                _ = of_now.compare_exchange(status.term, 0, Ordering::AcqRel, Ordering::Acquire);
+            });
+            self.ask_to_lead(to).await?;
         }
         Ok(())
     }
@@ -634,7 +642,7 @@ impl Group {
     /// openraft takes no proposals once it has asked somebody to lead, and asks once: were the
     /// question lost, or the heir behind or dead, the group would take no writes while this node lives.
     async fn insist_on_transfer(&self, to: NodeId, term: u64) {
-        for turn in 0.. {
+        for turn in 1.. {
             tokio::time::sleep(TRANSFER_RETRY).await;
             let status = self.status();
             let mut heirs: Vec<NodeId> =
@@ -660,11 +668,13 @@ impl Group {
     }
 
     /// Leads the membership one step towards `wanted`, of whom `voters_wanted` vote. Returns
-    /// whether nothing is left to do. Only the leader can.
+    /// whether nothing is left to do. Only the leader can. A node gets a vote when its log has caught up
+    /// and it `is_whole`: has whatever else a member must have.
     pub async fn steer_members(
         &self,
         wanted: &BTreeSet<NodeId>,
         voters_wanted: &BTreeSet<NodeId>,
+        is_whole: impl Fn(NodeId) -> bool,
     ) -> Result<bool, Error> {
         let status = self.status();
         let refused =
@@ -672,13 +682,17 @@ impl Group {
         if !status.is_joint && status.voters == *voters_wanted && status.members() == *wanted {
             return Ok(true);
         }
+        if self.handing_over.load(Ordering::Acquire) == status.term {
+            // An entry more in this log, and it would not vote for the heir.
+            return Ok(false);
+        }
         // Asleep it would never hear whether a learner is ready.
         self.wake();
         let GroupStatus { voters, learners, is_joint, matched, last_index, .. } = status;
         let now = Members { voters, learners, is_joint };
         let is_ready = |node| {
             let matched = matched.get(&node).copied().unwrap_or_default();
-            matched > 0 && matched + MAX_LAG >= last_index && self.answers(node)
+            matched > 0 && matched + MAX_LAG >= last_index && self.answers(node) && is_whole(node)
         };
         let change = match next_step(&now, wanted, voters_wanted, is_ready) {
             None => return Ok(false),
@@ -686,7 +700,16 @@ impl Group {
                 self.raft.add_learner(new, EmptyNode {}, false).await.map_err(|error| refused(&error))?;
                 return Ok(false);
             }
-            Some(Step::SetVoters(voters)) => ChangeMembers::ReplaceAllVoters(voters),
+            Some(Step::SetVoters(voters)) => {
+                let heir =
+                    voters.iter().copied().find(|node| now.voters.contains(node) && self.answers(*node));
+                if let Some(heir) = heir.filter(|_| !voters.contains(&self.node) && !now.is_joint) {
+                    // A leader that goes would leave the group without one until somebody misses it.
+                    self.transfer_leader(heir).await?;
+                    return Ok(false);
+                }
+                ChangeMembers::ReplaceAllVoters(voters)
+            }
             Some(Step::Remove(gone)) => ChangeMembers::RemoveNodes(gone),
         };
         self.raft.change_membership(change, true).await.map_err(|error| refused(&error))?;

@@ -23,7 +23,7 @@ async fn only_nodes_with_the_secret_are_heard() -> Result<()> {
     points.create(3, 3).await?;
     points.upsert(&[point(1, serde_json::json!({}))]).await?;
     let address = cluster.node(0).grpc_address();
-    let hello = || HelloRequest { name: "stranger".into() };
+    let hello = || HelloRequest { name: "stranger".into(), ..HelloRequest::default() };
 
     // With the secret; with another one; with TLS but no certificate; in the clear.
     let with = |secret: &str| -> Result<_> {

@@ -1,28 +1,51 @@
-//! Placement: acts only where the control group's leader is. It observes the state, takes the
-//! next step of a pure plan, and sees to the control group's own membership.
+//! Placement: who holds what, kept as it should be. Acts only where the control group's leader is.
 //!
-//! Today's plan has one kind of step, [`ClusterState::next_growth`]: a shard with fewer
-//! replicas than it wants gets one more. The shard's leader carries a changed replica set out
-//! (learner, caught up, voter), so a step survives a change of the control leader.
+//! ```text
+//!  every node ──report──▶ observe ──Load──▶ plan (pure, see plan.rs) ──Plan──▶ one step after the other
+//!                                                                              │
+//!             the shard's leader: learner ─▶ caught up ─▶ votes ─▶ surplus leaves ◀── SetReplicas, in the log
+//! ```
 //!
-//! [`ClusterState::next_growth`]: shoal_raft::cluster::ClusterState::next_growth
+//! The plan is made anew every tick and its steps are in the control group's log before anything
+//! moves, so a change of the control group's leader in the middle of a move changes nothing. Whatever
+//! placement would do is told with its reason ([`Cluster::plan`]), whether it is paused or not.
 
-use std::collections::BTreeSet;
+mod operate;
+mod plan;
+mod report;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use ractor_cluster::RactorMessage;
 use shoal_proto::{GroupId, NodeId};
-use shoal_raft::cluster::{ClusterState, Command};
+use shoal_raft::cluster::{ClusterState, Command, Drain};
 
+use crate::call::{Call, Reply};
 use crate::cluster::Cluster;
+pub use operate::{Leaving, find_node};
+use plan::Load;
+pub use plan::{Moving, PlacementLimits, Plan, Planned, Step};
+pub use report::{GroupReport, NodeReport};
 
 /// How often placement looks.
 const TICK: Duration = Duration::from_millis(500);
+/// How long one step may take to be ordered.
+const STEP_TIMEOUT: Duration = Duration::from_secs(5);
 /// The most voters of the control group.
 const MAX_CONTROL_VOTERS: usize = 5;
 
 pub(crate) struct Placement;
+
+#[derive(Clone)]
+pub(crate) struct PlacementArguments {
+    pub(crate) cluster: Cluster,
+    pub(crate) limits: PlacementLimits,
+}
 
 #[derive(RactorMessage)]
 pub(crate) enum PlacementMessage {
@@ -30,93 +53,179 @@ pub(crate) enum PlacementMessage {
     Tick,
 }
 
+pub(crate) struct PlacementState {
+    cluster: Cluster,
+    limits: PlacementLimits,
+    /// What this node has seen since it leads the control group.
+    office: Option<Office>,
+}
+
+struct Office {
+    since: Instant,
+    /// When each node has answered last.
+    heard: BTreeMap<NodeId, Instant>,
+    /// Since when nothing has moved and nobody was silent.
+    calm_since: Instant,
+    /// What was said of the plan last, so that it is said once.
+    said: BTreeSet<String>,
+}
+
 impl Actor for Placement {
     type Msg = PlacementMessage;
-    type State = Cluster;
-    type Arguments = Cluster;
+    type State = PlacementState;
+    type Arguments = PlacementArguments;
 
     async fn pre_start(
         &self,
         myself: ActorRef<PlacementMessage>,
-        cluster: Cluster,
-    ) -> Result<Cluster, ActorProcessingErr> {
-        myself.send_interval(TICK, || PlacementMessage::Tick);
-        Ok(cluster)
+        arguments: PlacementArguments,
+    ) -> Result<PlacementState, ActorProcessingErr> {
+        myself.cast(PlacementMessage::Tick)?;
+        Ok(PlacementState { cluster: arguments.cluster, limits: arguments.limits, office: None })
     }
 
     async fn handle(
         &self,
-        _: ActorRef<PlacementMessage>,
+        myself: ActorRef<PlacementMessage>,
         message: PlacementMessage,
-        cluster: &mut Cluster,
+        state: &mut PlacementState,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            PlacementMessage::Tick => tick(cluster).await,
+            PlacementMessage::Tick => {
+                state.tick().await;
+                // Not an interval: the ticks of a slow cluster must not pile up.
+                myself.send_after(TICK, || PlacementMessage::Tick);
+            }
         }
         Ok(())
     }
 }
 
-async fn tick(cluster: &Cluster) {
-    let Ok(control) = cluster.groups().get(GroupId::CONTROL) else { return };
-    if !control.is_leader() {
-        return;
+impl PlacementState {
+    async fn tick(&mut self) {
+        let Ok(control) = self.cluster.groups().get(GroupId::CONTROL) else { return };
+        if !control.is_leader() {
+            self.office = None;
+            self.cluster.set_plan(None);
+            return;
+        }
+        let reports = self.cluster.reports().await;
+        let state = self.cluster.state();
+        let load = self.observe(&state, &reports);
+        let members: BTreeSet<NodeId> = state.nodes.keys().copied().collect();
+        let lost = load.silent.iter().filter(|(_, silent)| **silent >= self.limits.repair_after);
+        let lost: BTreeSet<NodeId> = lost.map(|(node, _)| *node).collect();
+        let silent: BTreeSet<NodeId> = load.silent.keys().copied().collect();
+        let voters = control_voters(&state, &control.status().voters, &lost, &silent);
+        if let Err(error) = control.steer_members(&members, &voters, |_| true).await {
+            tracing::debug!(%error, "the control group's membership will be led on later");
+        }
+        let plan = plan::plan(&state, &load, &self.limits);
+        self.say(&plan);
+        let plan = Arc::new(plan);
+        self.cluster.set_plan(Some(plan.clone()));
+        if plan.is_paused {
+            return;
+        }
+        for planned in &plan.steps {
+            tracing::info!(step = %planned.step, reason = planned.reason, "placement");
+            self.take(&planned.step).await;
+        }
     }
-    let state = cluster.state();
-    let members: BTreeSet<NodeId> = state.nodes.keys().copied().collect();
-    let voters = control_voters(&state);
-    if let Err(error) = control.steer_members(&members, &voters).await {
-        tracing::debug!(%error, "the control group's membership will be led on later");
+
+    fn observe(&mut self, state: &ClusterState, reports: &BTreeMap<NodeId, NodeReport>) -> Load {
+        let now = Instant::now();
+        let office = self.office.get_or_insert_with(|| Office {
+            since: now,
+            heard: BTreeMap::new(),
+            calm_since: now,
+            said: BTreeSet::new(),
+        });
+        office.heard.extend(reports.keys().map(|node| (*node, now)));
+        let silent: BTreeMap<NodeId, Duration> = state
+            .nodes
+            .keys()
+            .filter(|node| !reports.contains_key(node))
+            // Whoever was silent before this node came to lead is not known to have been.
+            .map(|node| (*node, now.duration_since(office.heard.get(node).copied().unwrap_or(office.since))))
+            .collect();
+        let shards = report::seen(reports);
+        let holds_something =
+            |node: &NodeId| state.shards.values().any(|shard| shard.replicas.contains(node));
+        let is_calm = !silent.keys().any(holds_something)
+            && state.shards.iter().all(|(id, shard)| {
+                shards.get(id).is_some_and(|seen| seen.voters == shard.replicas && seen.learners.is_empty())
+            });
+        if !is_calm {
+            office.calm_since = now;
+        }
+        Load { silent, shards, calm_for: now.duration_since(office.calm_since) }
     }
-    if let Some((shard, replicas)) = state.next_growth() {
-        let expected = state.shards.get(&shard).map(|shard| shard.replicas.clone()).unwrap_or_default();
-        tracing::info!(shard = shard.0, ?replicas, "a shard gets one more replica");
-        let command = Command::SetReplicas { shard, expected, replicas };
-        if let Err(error) = cluster.control(command, Instant::now() + Duration::from_secs(5)).await {
-            tracing::warn!(%error, "a placement step was refused and will be planned anew");
+
+    /// Tells what cannot be done now, once.
+    fn say(&mut self, plan: &Plan) {
+        let Some(office) = &mut self.office else { return };
+        let waiting: BTreeSet<String> = plan.waiting.iter().cloned().collect();
+        for reason in waiting.difference(&office.said) {
+            tracing::debug!(reason, "placement waits");
+        }
+        office.said = waiting;
+    }
+
+    async fn take(&mut self, step: &Step) {
+        let done = match step {
+            Step::SetReplicas { shard, from, to } => {
+                let command =
+                    Command::SetReplicas { shard: *shard, expected: from.clone(), replicas: to.clone() };
+                self.cluster.control(command, Instant::now() + STEP_TIMEOUT).await.map(drop)
+            }
+            Step::MoveLeader { shard, from, to } => {
+                let call = Call::TransferLeader { group: (*shard).into(), to: *to };
+                match self.cluster.call(*from, call, STEP_TIMEOUT).await {
+                    Reply::Failed(error) => Err(error),
+                    _ => Ok(()),
+                }
+            }
+        };
+        if let Some(office) = &mut self.office {
+            office.calm_since = Instant::now();
+        }
+        if let Err(error) = done {
+            tracing::warn!(%step, %error, "a placement step was refused and will be planned anew");
         }
     }
 }
 
-/// An odd number of voters, spread over zones: nodes of zones not yet chosen come first.
-fn control_voters(state: &ClusterState) -> BTreeSet<NodeId> {
-    let count = match state.nodes.len().min(MAX_CONTROL_VOTERS) {
+/// An odd number of voters, spread over zones: those that vote already come first, unless a zone has
+/// none. One that is lost keeps its place only while there is nobody for it; one that is drained does
+/// not.
+fn control_voters(
+    state: &ClusterState,
+    voting: &BTreeSet<NodeId>,
+    lost: &BTreeSet<NodeId>,
+    silent: &BTreeSet<NodeId>,
+) -> BTreeSet<NodeId> {
+    let all: BTreeSet<NodeId> = state.nodes.keys().copied().collect();
+    let used: BTreeSet<NodeId> =
+        state.nodes.iter().filter(|(_, node)| node.drain == Drain::No).map(|(id, _)| *id).collect();
+    let candidates = if used.is_empty() { &all } else { &used };
+    let count = match candidates.len().min(MAX_CONTROL_VOTERS) {
         0..=2 => 1,
         3 | 4 => 3,
         _ => 5,
     };
-    let mut voters = BTreeSet::new();
-    let mut zones = BTreeSet::new();
+    let zone = |node: NodeId| state.nodes.get(&node).map_or("", |node| node.zone.as_str());
+    let mut voters: BTreeSet<NodeId> = BTreeSet::new();
     while voters.len() < count {
-        let rest = || state.nodes.iter().filter(|(id, _)| !voters.contains(*id));
-        let next = rest().find(|(_, node)| !zones.contains(node.zone.as_str())).or_else(|| rest().next());
-        let Some((id, node)) = next else { break };
-        voters.insert(*id);
-        zones.insert(node.zone.as_str());
+        let zones: BTreeSet<&str> = voters.iter().map(|node| zone(*node)).collect();
+        let rest = candidates.iter().copied().filter(|node| !voters.contains(node));
+        let next = rest.min_by_key(|node| {
+            (lost.contains(node), zones.contains(zone(*node)), !voting.contains(node), *node)
+        });
+        let Some(next) = next else { break };
+        voters.insert(next);
     }
-    voters
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use shoal_raft::cluster::Addresses;
-
-    #[test]
-    fn control_voters_are_odd_and_spread() {
-        let mut state = ClusterState::default();
-        let mut sizes = Vec::new();
-        for (number, zone) in ["a", "a", "a", "b", "c", "c"].iter().enumerate() {
-            state.apply(Command::AddNode {
-                name: format!("n{number}"),
-                incarnation: format!("i{number}"),
-                addresses: Addresses::default(),
-                zone: (*zone).to_owned(),
-            });
-            sizes.push(control_voters(&state).len());
-        }
-        assert_eq!(sizes, [1, 1, 3, 3, 5, 5]);
-        let chosen = control_voters(&state);
-        assert!([1, 4, 5].iter().all(|id| chosen.contains(&NodeId(*id))), "one of each zone: {chosen:?}");
-    }
+    // Nobody hands over to a majority that is not there.
+    let answering = voters.iter().filter(|node| !silent.contains(node)).count();
+    if 2 * answering <= voters.len() && !voting.is_empty() { voting.clone() } else { voters }
 }

@@ -1,16 +1,14 @@
 //! The root actor: spawns the children and brings back the ones that fail.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, SupervisionEvent};
 use ractor_cluster::RactorMessage;
 
-use crate::blobs::BlobStore;
 use crate::cluster::Cluster;
 use crate::ingest::{Ingests, IngestsArguments};
 use crate::mesh::{Mesh, MeshArguments, Server};
-use crate::placement::Placement;
+use crate::placement::{Placement, PlacementArguments, PlacementLimits};
 use crate::shards::{Shards, ShardsArguments};
 use crate::work::Work;
 
@@ -22,10 +20,10 @@ pub(super) struct Root;
 #[derive(Clone)]
 pub(super) struct RootArguments {
     pub(super) cluster: Cluster,
-    pub(super) blobs: BlobStore,
-    pub(super) shards_dir: PathBuf,
+    pub(super) shards: ShardsArguments,
     pub(super) mesh: MeshArguments,
     pub(super) work: Work,
+    pub(super) placement: PlacementLimits,
 }
 
 #[derive(RactorMessage)]
@@ -122,15 +120,15 @@ impl RootState {
         Ok(match child {
             Child::Mesh => Actor::spawn_linked(None, Mesh, arguments.mesh, parent).await?.0.get_cell(),
             Child::Server => Actor::spawn_linked(None, Server, cluster, parent).await?.0.get_cell(),
-            Child::Shards => {
-                let shards = ShardsArguments { cluster, blobs: arguments.blobs, dir: arguments.shards_dir };
-                Actor::spawn_linked(None, Shards, shards, parent).await?.0.get_cell()
-            }
+            Child::Shards => Actor::spawn_linked(None, Shards, arguments.shards, parent).await?.0.get_cell(),
             Child::Ingests => {
                 let ingests = IngestsArguments { cluster, work: arguments.work };
                 Actor::spawn_linked(None, Ingests, ingests, parent).await?.0.get_cell()
             }
-            Child::Placement => Actor::spawn_linked(None, Placement, cluster, parent).await?.0.get_cell(),
+            Child::Placement => {
+                let placement = PlacementArguments { cluster, limits: arguments.placement };
+                Actor::spawn_linked(None, Placement, placement, parent).await?.0.get_cell()
+            }
         })
     }
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use ractor::{Actor, ActorRef};
 use shoal_proto::{Error, ErrorCode, GroupId, NodeId};
-use shoal_raft::cluster::{Command, Response};
+use shoal_raft::cluster::{Command, Drain, Response};
 use shoal_raft::{Groups, LogConfig, LogStore, Peers, RaftConfig};
 
 use super::actor::{Root, RootArguments, RootMessage};
@@ -17,13 +17,17 @@ use crate::bootstrap::{self, Discovery, Found, NodeFile};
 use crate::cluster::Cluster;
 use crate::control::Control;
 use crate::mesh::MeshArguments;
+use crate::placement::PlacementLimits;
 use crate::service::{Identity, PeerService};
+use crate::shards::ShardsArguments;
 use crate::sweep;
 use crate::tls::PeerTls;
 use crate::work::{Work, WorkConfig};
 
 /// How often addresses are learned while nobody leads the control group.
 const LEARN_TICK: Duration = Duration::from_millis(500);
+/// So many times that, others are greeted although somebody leads.
+const GREET_EVERY: u32 = 20;
 /// How often free disk space is looked at.
 const DISK_TICK: Duration = Duration::from_secs(1);
 /// How long a stop may take to hand leadership over.
@@ -54,6 +58,8 @@ pub struct NodeConfig {
     pub blob_grace: Duration,
     /// Parsers and embedders.
     pub work: WorkConfig,
+    /// When what is moved.
+    pub placement: PlacementLimits,
 }
 
 /// A running node.
@@ -126,7 +132,9 @@ pub async fn start(config: NodeConfig, peers: Peers, service: PeerService) -> Re
     let watch = control.watch();
     let mut noted = BTreeMap::new();
     note_addresses(&peers, &watch.borrow(), node, &mut noted);
-    bootstrap::learn_addresses(&peers, &config.discovery, &file.cluster_id).await;
+    if bootstrap::learn_addresses(&peers, &config.discovery, &file).await {
+        exit_removed(node);
+    }
 
     let cluster = Cluster::new(groups.clone(), watch);
     let blobs = BlobStore::open(&config.data.join("blobs")).map_err(|error| on_disk(&config.data, &error))?;
@@ -137,7 +145,7 @@ pub async fn start(config: NodeConfig, peers: Peers, service: PeerService) -> Re
     if served.is_err() {
         return Err(Error::internal("a node was started twice on one peer service"));
     }
-    keep_learning(&cluster, &peers, &config, &file.cluster_id);
+    keep_learning(&cluster, &peers, &config, &file);
     open_control(&cluster, control, &config, &file).await?;
     follow_state(&cluster, &peers, &config, noted);
     let watched = cluster.groups().clone();
@@ -154,8 +162,12 @@ pub async fn start(config: NodeConfig, peers: Peers, service: PeerService) -> Re
     let work = Work::new(config.work.clone(), cluster.clone(), blobs.clone());
     let arguments = RootArguments {
         cluster: cluster.clone(),
-        blobs: blobs.clone(),
-        shards_dir: config.data.join("shards"),
+        shards: ShardsArguments {
+            cluster: cluster.clone(),
+            blobs: blobs.clone(),
+            dir: config.data.join("shards"),
+            leaving: Arc::default(),
+        },
         mesh: MeshArguments {
             cluster: cluster.clone(),
             listen: config.mesh,
@@ -163,6 +175,7 @@ pub async fn start(config: NodeConfig, peers: Peers, service: PeerService) -> Re
             tls: config.tls.clone(),
         },
         work: work.clone(),
+        placement: config.placement,
     };
     let (root, _) = Actor::spawn(None, Root, arguments)
         .await
@@ -178,7 +191,28 @@ pub async fn start(config: NodeConfig, peers: Peers, service: PeerService) -> Re
             ),
         }
     }
+    end_own_drain(&cluster);
     Ok(Running { cluster, blobs, work, root })
+}
+
+/// A node that was drained because it stopped takes things again now that it is back.
+fn end_own_drain(cluster: &Cluster) {
+    let (cluster, node) = (cluster.clone(), cluster.node());
+    let is_drained = move |cluster: &Cluster| {
+        cluster.state().nodes.get(&node).is_some_and(|known| known.drain == Drain::UntilRestart)
+    };
+    if !is_drained(&cluster) {
+        return;
+    }
+    tokio::spawn(async move {
+        while is_drained(&cluster) {
+            let command = Command::SetDrain { node, drain: Drain::No };
+            if let Err(error) = cluster.control(command, Instant::now() + Duration::from_secs(10)).await {
+                tracing::warn!(%error, "this node is still drained; will try again");
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+        }
+    });
 }
 
 async fn open_control(
@@ -214,6 +248,15 @@ async fn open_control(
     Ok(())
 }
 
+/// Ends a process whose node belongs to the cluster no longer: nothing on its disk counts any more.
+fn exit_removed(node: NodeId) -> ! {
+    tracing::error!(
+        node = node.0,
+        "this node was removed from its cluster and stops; with an empty data directory it joins as a new node"
+    );
+    std::process::exit(crate::EXIT_REMOVED);
+}
+
 /// Follows the cluster's state for as long as the node runs: addresses of peers, this node's
 /// own address after a restart, and word that this node was removed.
 fn follow_state(cluster: &Cluster, peers: &Peers, config: &NodeConfig, mut noted: BTreeMap<NodeId, String>) {
@@ -226,11 +269,7 @@ fn follow_state(cluster: &Cluster, peers: &Peers, config: &NodeConfig, mut noted
             let state = watch.borrow_and_update().clone();
             note_addresses(&peers, &state, node, &mut noted);
             if state.removed.contains(&node) {
-                tracing::error!(
-                    node = node.0,
-                    "this node was removed from its cluster and stops; its data directory is of no use any more"
-                );
-                std::process::exit(crate::EXIT_REMOVED);
+                exit_removed(node);
             }
             let known = state.nodes.get(&node);
             if known.is_some_and(|known| known.addresses != own) {
@@ -270,16 +309,19 @@ fn note_addresses(
 
 /// Greets the known addresses for as long as the control group has no leader: when all nodes
 /// have come back under new addresses, greetings are the only way to find each other.
-fn keep_learning(cluster: &Cluster, peers: &Peers, config: &NodeConfig, cluster_id: &str) {
+fn keep_learning(cluster: &Cluster, peers: &Peers, config: &NodeConfig, file: &NodeFile) {
     let (cluster, peers) = (cluster.clone(), peers.clone());
-    let (discovery, cluster_id) = (config.discovery.clone(), cluster_id.to_owned());
+    let (discovery, file) = (config.discovery.clone(), file.clone());
     tokio::spawn(async move {
+        let mut turn = 0;
         loop {
             tokio::time::sleep(LEARN_TICK).await;
             let has_leader =
                 cluster.groups().get(GroupId::CONTROL).is_ok_and(|control| control.leader().is_some());
-            if !has_leader {
-                bootstrap::learn_addresses(&peers, &discovery, &cluster_id).await;
+            turn = (turn + 1) % GREET_EVERY;
+            // A node that was removed while nobody could tell it may believe in a leader for ever.
+            if (!has_leader || turn == 0) && bootstrap::learn_addresses(&peers, &discovery, &file).await {
+                exit_removed(file.node);
             }
         }
     });
@@ -292,6 +334,7 @@ fn watch_disk(cluster: Cluster, dir: PathBuf, reserve: u64) {
             match free_bytes(&dir) {
                 Ok(free) => {
                     metrics::gauge!("shoal_disk_free_bytes").set(free as f64);
+                    cluster.note_disk(free);
                     let writable = free >= reserve;
                     if writable != cluster.is_writable() {
                         tracing::warn!(free, reserve, writable, "the disk's reserve was crossed");
@@ -315,6 +358,17 @@ fn on_disk(dir: &Path, error: &std::io::Error) -> Error {
 }
 
 impl Running {
+    /// Takes everything off this node before it stops, for as long as it takes until `deadline`.
+    ///
+    /// # Errors
+    /// What is left to be done, or speaks against it: then other nodes have what this one holds only in
+    /// part.
+    pub async fn drain(&self, deadline: Instant) -> Result<(), Error> {
+        let node = self.cluster.node();
+        self.cluster.set_drain(node, Drain::UntilRestart, deadline).await?;
+        self.cluster.wait_drained(node, deadline).await
+    }
+
     /// Stops the node: hands leadership over, stops the actors, saves what is derived. Nothing
     /// that was acknowledged depends on this; it only makes the gap and the next start short.
     pub async fn stop(&self) {

@@ -1,17 +1,19 @@
 //! One replica: opens engine and group, then tends them on a tick.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures::future::join_all;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use ractor_cluster::RactorMessage;
-use shoal_engine::command::{Answer, FileRecord, Read};
-use shoal_proto::{CollectionConfig, ShardId};
+use shoal_proto::{BlobHash, CollectionConfig, NodeId, ShardId};
 use tokio::sync::Semaphore;
 
 use super::rebuild;
 use crate::blobs::{self, BlobStore};
+use crate::call::{Call, Reply};
 use crate::cluster::{Cluster, LocalShard};
 use crate::limits;
 use crate::replica::Replica;
@@ -24,6 +26,10 @@ const QUIET_TICK: Duration = Duration::from_secs(2);
 const BUSY_TICK: Duration = Duration::from_millis(1);
 /// How often a replica looks for blobs that it should hold and does not.
 const BLOBS_EVERY: Duration = Duration::from_secs(10);
+/// How often the membership is led on while it is not as it should be.
+const STEER_EVERY: Duration = Duration::from_millis(200);
+/// How long a replica may take to name the blobs that it lacks.
+const BLOBS_TIMEOUT: Duration = Duration::from_secs(2);
 /// The most blobs fetched in one go.
 const BLOBS_AT_ONCE: usize = 16;
 /// How often everything that is stored is read again. The first time is right after the start.
@@ -73,12 +79,15 @@ pub(crate) enum ShardMessage {
 pub(super) struct ShardState {
     id: ShardId,
     cluster: Cluster,
-    blobs: BlobStore,
     local: LocalShard,
     /// The last index that was applied when the replica was tended last.
     seen: u64,
-    blobs_seen: Instant,
+    /// When it is looked for missing blobs again.
+    blobs_at: Instant,
     blobs_tried: usize,
+    /// Who is to hold the shard, and the last index when that was first seen here.
+    wish: (BTreeSet<NodeId>, u64),
+    steered_at: Instant,
     /// When everything that is stored is to be read again.
     scrub_at: Instant,
     scrubbed_at: Instant,
@@ -108,18 +117,19 @@ impl Actor for Shard {
             // Nobody else could lead: waiting for a time-out would only delay the start.
             group.elect().await?;
         }
-        let local = LocalShard { shard, group };
+        let local = LocalShard { shard, group, blobs };
         cluster.add_local(id, local.clone());
         myself.cast(ShardMessage::Tick)?;
         let now = Instant::now();
         Ok(ShardState {
             id,
             cluster,
-            blobs,
             local,
             seen: 0,
-            blobs_seen: now,
+            blobs_at: now,
             blobs_tried: 0,
+            wish: (BTreeSet::new(), 0),
+            steered_at: now,
             scrub_at: now,
             scrubbed_at: now,
             compared_at: now,
@@ -199,9 +209,15 @@ impl ShardState {
             self.local.group.checkpoint().await?;
         }
         let is_steering = self.local.group.is_leader() && self.steer().await;
-        if self.blobs_seen.elapsed() >= BLOBS_EVERY {
-            self.fetch_missing_blobs().await;
-            self.blobs_seen = Instant::now();
+        if !self.local.group.is_leader() {
+            // What was seen as a leader is not what the next one will see.
+            self.wish = (BTreeSet::new(), 0);
+        }
+        if Instant::now() >= self.blobs_at {
+            let has_more = !self.fetch_missing_blobs().await;
+            // Somebody waits for a learner to have them all.
+            let is_learner = self.local.group.status().role == "learner";
+            self.blobs_at = Instant::now() + if has_more || is_learner { TICK } else { BLOBS_EVERY };
         }
         let is_scrubbing = self.scrub().await?;
         if self.compared_at.elapsed() >= COMPARE_EVERY {
@@ -269,29 +285,69 @@ impl ShardState {
     }
 
     /// A replica that was added later, or took a lost disk's place, has the records of files but
-    /// not their bytes: it fetches them from the others.
-    async fn fetch_missing_blobs(&mut self) {
-        let listed = self.cluster.run_read(self.local.shard.clone(), Read::ListFiles).await;
-        let Ok((_, Answer::Files(files))) = listed else { return };
-        let mut missing: Vec<FileRecord> =
-            files.into_iter().filter(|file| !self.blobs.contains(self.id, file.blob)).collect();
+    /// not their bytes: it fetches them from the others. Returns whether there is nothing to be gained
+    /// by going on at once.
+    async fn fetch_missing_blobs(&mut self) -> bool {
+        let Ok(mut missing) = self.cluster.missing_blobs(&self.local).await else { return true };
+        let is_last = missing.len() <= BLOBS_AT_ONCE;
+        let mut has_failed = false;
         // Begins elsewhere each time, so that some that nobody has do not keep the others back.
         self.blobs_tried = self.blobs_tried.wrapping_add(BLOBS_AT_ONCE);
         let start = self.blobs_tried.checked_rem(missing.len()).unwrap_or_default();
         missing.rotate_left(start);
         for file in missing.into_iter().take(BLOBS_AT_ONCE) {
-            if let Err(error) = blobs::fetch(&self.cluster, &self.blobs, self.id, file.blob).await {
+            if let Err(error) = blobs::fetch(&self.cluster, &self.local.blobs, self.id, file.blob).await {
                 tracing::warn!(shard = self.id.0, %error, "a missing blob will be fetched later");
+                has_failed = true;
             }
         }
+        is_last || has_failed
+    }
+
+    /// Which of some nodes have all the bytes that the shard's files need, but for those that nobody has.
+    async fn whole(&self, members: &BTreeSet<NodeId>, least: u64) -> BTreeSet<NodeId> {
+        let asked = members.iter().map(|node| async move {
+            let call = Call::MissingBlobs { group: self.id.into(), least };
+            match self.cluster.call(*node, call, BLOBS_TIMEOUT).await {
+                Reply::Missing(missing) => Some((*node, missing.into_iter().collect::<BTreeSet<BlobHash>>())),
+                _ => None,
+            }
+        });
+        let answers: Vec<(NodeId, BTreeSet<BlobHash>)> =
+            join_all(asked).await.into_iter().flatten().collect();
+        let nowhere =
+            answers.iter().map(|(_, missing)| missing.clone()).reduce(|all, missing| &all & &missing);
+        let nowhere = nowhere.unwrap_or_default();
+        answers.into_iter().filter(|(_, missing)| missing.is_subset(&nowhere)).map(|(node, _)| node).collect()
     }
 
     /// Leads the group's membership one step towards what the control group wants. Returns
     /// whether there is more to do.
-    async fn steer(&self) -> bool {
+    async fn steer(&mut self) -> bool {
         let state = self.cluster.state();
         let Some(shard) = state.shards.get(&self.id) else { return false };
-        match self.local.group.steer_members(&shard.replicas, &shard.replicas).await {
+        let status = self.local.group.status();
+        let members = status.members();
+        if self.wish.0 != shard.replicas {
+            self.wish = (shard.replicas.clone(), status.last_index);
+        }
+        let mut voters = shard.replicas.clone();
+        let mut wanted = shard.replicas.clone();
+        let mut whole = BTreeSet::new();
+        if status.is_joint || members != wanted || status.voters != voters {
+            if self.steered_at.elapsed() < STEER_EVERY {
+                return true;
+            }
+            self.steered_at = Instant::now();
+            // From now on a file's bytes go to the replicas that are to be; those of earlier ones must have
+            // arrived at each of them before anybody who has them leaves.
+            whole = self.whole(&members.union(&wanted).copied().collect(), self.wish.1).await;
+            if !shard.replicas.is_subset(&whole) && !status.is_joint {
+                wanted.extend(members);
+                voters = status.voters;
+            }
+        }
+        match self.local.group.steer_members(&wanted, &voters, |node| whole.contains(&node)).await {
             Ok(is_done) => !is_done,
             Err(error) => {
                 tracing::debug!(shard = self.id.0, %error, "the membership will be led on later");

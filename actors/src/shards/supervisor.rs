@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use ractor::{Actor, ActorProcessingErr, ActorRef, ActorStatus, SupervisionEvent};
 use ractor_cluster::RactorMessage;
 use shoal_proto::{CollectionConfig, NodeId, ShardId};
@@ -26,10 +27,13 @@ const UNUSED_TICK: Duration = Duration::from_millis(50);
 
 pub(crate) struct Shards;
 
+#[derive(Clone)]
 pub(crate) struct ShardsArguments {
     pub(crate) cluster: Cluster,
     pub(crate) blobs: BlobStore,
     pub(crate) dir: PathBuf,
+    /// Replicas that are being deleted, by tasks that may outlive a supervisor.
+    pub(crate) leaving: Arc<Mutex<BTreeSet<ShardId>>>,
 }
 
 #[derive(RactorMessage)]
@@ -38,8 +42,8 @@ pub(crate) enum ShardsMessage {
     Reconcile,
     /// Whether a replica's group has let this node go.
     Asked(ShardId, bool),
-    /// A replica is closed and gone or, after all, needed; or its files could not be deleted.
-    Left(ShardId, bool),
+    /// A replica is closed and gone or, after all, needed.
+    Left,
     /// A replica is open, or why not.
     Opened(ShardId, Result<ActorRef<ShardMessage>, String>),
 }
@@ -54,8 +58,6 @@ pub(crate) struct ShardsState {
     failures: BTreeMap<ShardId, Failed>,
     /// Replicas that are to go, while their groups are asked.
     asking: BTreeSet<ShardId>,
-    /// Replicas that are being deleted.
-    leaving: BTreeSet<ShardId>,
 }
 
 /// A replica that could not be opened.
@@ -96,7 +98,6 @@ impl Actor for Shards {
             opening: BTreeSet::new(),
             failures: BTreeMap::new(),
             asking: BTreeSet::new(),
-            leaving: BTreeSet::new(),
         })
     }
 
@@ -110,12 +111,7 @@ impl Actor for Shards {
             ShardsMessage::Reconcile => state.reconcile(&myself).await,
             ShardsMessage::Opened(id, result) => state.opened(id, result, &myself).await,
             ShardsMessage::Asked(id, may_go) => state.asked(id, may_go, &myself),
-            ShardsMessage::Left(id, has_failed) => {
-                state.leaving.remove(&id);
-                if !has_failed {
-                    state.reconcile(&myself).await;
-                }
-            }
+            ShardsMessage::Left => state.reconcile(&myself).await,
         }
         Ok(())
     }
@@ -198,7 +194,7 @@ impl ShardsState {
 
     /// Asks whether the group of a replica has let this node go, before it is perhaps opened.
     fn ask_to_go(&mut self, id: ShardId, others: BTreeSet<NodeId>, myself: &ActorRef<ShardsMessage>) {
-        let is_on_its_way = self.opening.contains(&id) || self.leaving.contains(&id);
+        let is_on_its_way = self.opening.contains(&id) || self.is_leaving(id);
         if is_on_its_way || !self.asking.insert(id) {
             return;
         }
@@ -223,7 +219,7 @@ impl ShardsState {
 
     /// Opens a replica, unless it is open, on its way in or out, or failed a moment ago.
     fn open(&mut self, id: ShardId, wanted: &Arc<ClusterState>, myself: &ActorRef<ShardsMessage>) {
-        let is_busy = self.open.contains_key(&id) || self.opening.contains(&id) || self.leaving.contains(&id);
+        let is_busy = self.open.contains_key(&id) || self.opening.contains(&id) || self.is_leaving(id);
         if is_busy || self.failures.get(&id).is_some_and(|failed| Instant::now() < failed.due) {
             return;
         }
@@ -284,6 +280,10 @@ impl ShardsState {
         }
     }
 
+    fn is_leaving(&self, id: ShardId) -> bool {
+        self.arguments.leaving.lock().contains(&id)
+    }
+
     async fn close(&self, id: ShardId) {
         self.arguments.cluster.drop_local(id);
         self.arguments.cluster.groups().close(id.into()).await;
@@ -300,12 +300,12 @@ impl ShardsState {
     /// among others, these are asked once more.
     fn discard(&mut self, id: ShardId, others: Option<BTreeSet<NodeId>>, myself: &ActorRef<ShardsMessage>) {
         // What is being opened is discarded once it is open.
-        if self.opening.contains(&id) || !self.leaving.insert(id) {
+        if self.opening.contains(&id) || !self.arguments.leaving.lock().insert(id) {
             return;
         }
         let actor = self.open.remove(&id);
         let cluster = self.arguments.cluster.clone();
-        let (dir, blobs) = (self.arguments.dir.clone(), self.arguments.blobs.clone());
+        let ShardsArguments { dir, blobs, leaving, .. } = self.arguments.clone();
         let myself = myself.clone();
         tokio::spawn(async move {
             if let Some(actor) = actor {
@@ -319,8 +319,11 @@ impl ShardsState {
                 Ok(false) => tracing::info!(shard = id.0, "a replica is needed after all"),
                 Err(error) => tracing::warn!(shard = id.0, %error, "a discarded replica left files behind"),
             }
-            // A supervisor that has ended needs no answer.
-            drop(myself.cast(ShardsMessage::Left(id, dropped.is_err())));
+            leaving.lock().remove(&id);
+            if dropped.is_ok() {
+                // A supervisor that has ended needs no answer.
+                drop(myself.cast(ShardsMessage::Left));
+            }
         });
     }
 }
@@ -330,7 +333,7 @@ impl ShardsState {
 async fn close_and_wait(cluster: &Cluster, id: ShardId) {
     let local = cluster.drop_local(id);
     cluster.groups().close(id.into()).await;
-    if let Some(LocalShard { shard, group }) = local {
+    if let Some(LocalShard { shard, group, .. }) = local {
         drop(group);
         while Arc::strong_count(&shard) > 1 {
             tokio::time::sleep(UNUSED_TICK).await;

@@ -1,9 +1,11 @@
 //! The commands.
 
 mod client;
+mod cluster;
 mod ingest;
 mod search;
 mod status;
+mod table;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -28,8 +30,13 @@ enum Command {
         #[command(subcommand)]
         command: ConfigCommand,
     },
-    /// Show the cluster.
+    /// Show the cluster as one node knows it.
     Status(client::ClientArgs),
+    /// Look after the cluster: status, drain, remove, move.
+    Cluster {
+        #[command(subcommand)]
+        command: cluster::ClusterCommand,
+    },
     /// Exit with 0 when a node lives (or is ready).
     Health {
         #[command(flatten)]
@@ -76,6 +83,7 @@ pub fn run(cli: Cli) -> Result<()> {
             Ok(())
         }
         Command::Status(client) => runtime()?.block_on(status::run(client)),
+        Command::Cluster { command } => runtime()?.block_on(cluster::run(command)),
         Command::Health { client, ready } => runtime()?.block_on(status::health(client, ready)),
         Command::Ingest(args) => runtime()?.block_on(ingest::run(args)),
         Command::Search(args) => runtime()?.block_on(search::run(args)),

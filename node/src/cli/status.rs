@@ -2,43 +2,38 @@
 
 use anyhow::{Result, bail};
 use reqwest::Method;
-use serde_json::Value;
 
 use super::client::{Client, ClientArgs};
+use super::table::{Table, list, text};
 
-/// Prints nodes, collections and groups as the asked node knows them.
+/// Prints nodes, shards and groups as the asked node knows them, without asking another one.
 pub async fn run(args: ClientArgs) -> Result<()> {
     let cluster = Client::new(args)?.get("/admin/cluster").await?;
-    println!("cluster {}  (map version {})", text(&cluster["cluster_id"]), cluster["version"]);
-    println!("\n{:<5} {:<16} {:<10} {:<24} GRPC", "NODE", "NAME", "ZONE", "HTTP");
+    println!("cluster {}  (map version {})\n", text(&cluster["cluster_id"]), cluster["version"]);
+    let mut nodes = Table::new(&["NODE", "NAME", "ZONE", "HTTP", "GRPC"]);
     for node in list(&cluster["nodes"]) {
-        let (name, zone) = (text(&node["name"]), text(&node["zone"]));
-        println!(
-            "{:<5} {name:<16} {zone:<10} {:<24} {}",
-            node["id"].to_string(),
-            text(&node["http"]),
-            text(&node["grpc"])
-        );
+        let [name, zone, http, grpc] =
+            ["name", "zone", "http", "grpc"].map(|field| text(&node[field]).to_owned());
+        nodes.row([node["id"].to_string(), name, zone, http, grpc]);
     }
-    println!("\n{:<7} {:<40} REPLICAS", "SHARD", "COLLECTION");
+    nodes.print();
+    println!();
+    let mut shards = Table::new(&["SHARD", "COLLECTION", "REPLICAS"]);
     for shard in list(&cluster["shards"]) {
-        println!("{:<7} {:<40} {}", shard["id"].to_string(), text(&shard["collection"]), shard["replicas"]);
+        let collection = text(&shard["collection"]).to_owned();
+        shards.row([shard["id"].to_string(), collection, shard["replicas"].to_string()]);
     }
+    shards.print();
     println!("\ngroups on node {}:", cluster["node"]["id"]);
-    println!(
-        "{:<7} {:<10} {:<7} {:<6} {:<9} {:<9} VOTERS",
-        "GROUP", "ROLE", "LEADER", "TERM", "APPLIED", "LAST"
-    );
+    let mut groups = Table::new(&["GROUP", "ROLE", "LEADER", "TERM", "APPLIED", "LAST", "VOTERS"]);
     for group in list(&cluster["groups"]) {
         let field = |name: &str| group[name].to_string();
-        let (role, leader, term) = (text(&group["role"]), field("leader"), field("term"));
-        let (applied, last) = (field("applied"), field("last_index"));
-        println!(
-            "{:<7} {role:<10} {leader:<7} {term:<6} {applied:<9} {last:<9} {}",
-            field("group"),
-            group["voters"]
-        );
+        let role = text(&group["role"]).to_owned();
+        let [id, leader, term] = ["group", "leader", "term"].map(field);
+        let [applied, last, voters] = ["applied", "last_index", "voters"].map(field);
+        groups.row([id, role, leader, term, applied, last, voters]);
     }
+    groups.print();
     Ok(())
 }
 
@@ -54,12 +49,4 @@ pub async fn health(args: ClientArgs, ready: bool) -> Result<()> {
         bail!("{status}");
     }
     Ok(())
-}
-
-fn list(value: &Value) -> &[Value] {
-    value.as_array().map_or(&[], Vec::as_slice)
-}
-
-fn text(value: &Value) -> &str {
-    value.as_str().unwrap_or("-")
 }

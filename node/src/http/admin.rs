@@ -17,6 +17,7 @@ use crate::app::App;
 use crate::http::context::json as read_json;
 use crate::http::error::Problem;
 use crate::http::openapi::OperatorAnswers;
+use crate::http::operate::drain_name;
 
 /// The level of Qdrant's REST API that is served: its clients compare it with their own.
 const QDRANT_API_VERSION: &str = "1.20.0";
@@ -180,6 +181,7 @@ async fn cluster(State(app): State<App>) -> Result<Json<Value>, Problem> {
             json!({
                 "id": id, "name": node.name, "zone": node.zone,
                 "http": addresses.http, "grpc": addresses.grpc, "mesh": addresses.mesh,
+                "drain": drain_name(node.drain),
             })
         })
         .collect();

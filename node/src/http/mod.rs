@@ -23,6 +23,7 @@ mod middleware;
 pub(crate) use middleware::same_key;
 mod openai;
 mod openapi;
+mod operate;
 pub mod points;
 mod qdrant;
 mod unique;
@@ -52,7 +53,8 @@ pub fn router(app: App) -> Router {
     let routes = OpenApiRouter::with_openapi(openapi::base())
         .merge(qdrant::routes())
         .merge(openai::routes(limits.upload_bytes + (1 << 20)))
-        .merge(admin::routes());
+        .merge(admin::routes())
+        .merge(operate::routes());
     openapi::serve(routes)
         .fallback(middleware::not_found)
         .method_not_allowed_fallback(middleware::method_not_allowed)

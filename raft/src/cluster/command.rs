@@ -5,6 +5,8 @@ use std::collections::BTreeSet;
 use serde::{Deserialize, Serialize};
 use shoal_proto::{CollectionConfig, Error, FieldType, NodeId, RequestId, ShardId};
 
+use super::Drain;
+
 /// Where a node listens, as other nodes and clients reach it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Addresses {
@@ -101,6 +103,25 @@ pub enum Command {
         expected: BTreeSet<NodeId>,
         /// What should be.
         replicas: BTreeSet<NodeId>,
+    },
+    /// Asks placement to take everything off a node, or to use it again.
+    SetDrain {
+        /// The node.
+        node: NodeId,
+        /// What is asked.
+        drain: Drain,
+    },
+    /// Keeps placement from moving anything by itself, or lets it go on.
+    PausePlacement {
+        /// Whether it is to pause.
+        is_paused: bool,
+    },
+    /// Changes how many replicas a collection wants of each shard. Placement carries it out.
+    SetReplicationFactor {
+        /// The collection.
+        name: String,
+        /// The number, from 1.
+        replication_factor: u32,
     },
 }
 

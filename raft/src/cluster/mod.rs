@@ -6,9 +6,11 @@
 
 mod command;
 mod placement;
+mod saved;
 mod state;
 #[cfg(test)]
 mod tests;
 
 pub use command::{Addresses, Command, Response};
-pub use state::{Alias, ClusterState, Collection, Node, Shard};
+pub use saved::{read, write};
+pub use state::{Alias, ClusterState, Collection, Drain, Node, Shard};

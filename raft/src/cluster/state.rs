@@ -31,6 +31,20 @@ pub struct Node {
     pub addresses: Addresses,
     /// Failure domain; empty when unknown.
     pub zone: String,
+    /// Whether everything is to leave it.
+    pub drain: Drain,
+}
+
+/// Whether placement takes everything off a node.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Drain {
+    /// The node is used.
+    #[default]
+    No,
+    /// It is drained, until its process starts again: what a node asks for itself when it stops.
+    UntilRestart,
+    /// It is drained, until somebody says otherwise.
+    Yes,
 }
 
 /// A named set of points with one schema.
@@ -78,15 +92,19 @@ pub struct ClusterState {
     pub nodes: BTreeMap<NodeId, Node>,
     /// Ids that were members once. They never come back.
     pub removed: BTreeSet<NodeId>,
+    /// The incarnations of those: a data directory that belongs to none of the members any more.
+    pub gone: BTreeMap<String, NodeId>,
+    /// Whether placement is kept from moving anything by itself.
+    pub is_placement_paused: bool,
     /// Collections by name.
     pub collections: BTreeMap<String, Collection>,
     /// Collection names by alias.
     pub aliases: BTreeMap<Alias, String>,
     /// Shards by id.
     pub shards: BTreeMap<ShardId, Shard>,
-    last_node: u64,
-    last_shard: u64,
-    answered: VecDeque<(RequestId, Response)>,
+    pub(super) last_node: u64,
+    pub(super) last_shard: u64,
+    pub(super) answered: VecDeque<(RequestId, Response)>,
 }
 
 impl ClusterState {
@@ -120,7 +138,7 @@ impl ClusterState {
         match command {
             Command::CreateCluster { cluster_id } => self.create_cluster(cluster_id),
             Command::AddNode { name, incarnation, addresses, zone } => {
-                Ok(self.add_node(Node { name, incarnation, addresses, zone }))
+                self.add_node(Node { name, incarnation, addresses, zone, drain: Drain::No })
             }
             Command::UpdateNode { node, addresses } => {
                 let known = self.nodes.get_mut(&node).ok_or_else(|| unknown_node(node))?;
@@ -155,6 +173,16 @@ impl ClusterState {
             Command::SetReplicas { shard, expected, replicas } => {
                 self.set_replicas(shard, &expected, replicas)
             }
+            Command::SetDrain { node, drain } => self.set_drain(node, drain),
+            Command::PausePlacement { is_paused } => {
+                self.is_placement_paused = is_paused;
+                Ok(Response::Done)
+            }
+            Command::SetReplicationFactor { name, replication_factor } => {
+                check_count("replication_factor", replication_factor, MAX_REPLICATION)?;
+                self.collection_mut(&name)?.replication_factor = replication_factor;
+                Ok(Response::Done)
+            }
         }
     }
 
@@ -166,11 +194,17 @@ impl ClusterState {
         Ok(Response::Done)
     }
 
-    fn add_node(&mut self, node: Node) -> Response {
+    fn add_node(&mut self, node: Node) -> Result<Response, Error> {
+        if let Some(id) = self.gone.get(&node.incarnation) {
+            return Err(conflict(format!(
+                "this data directory is that of node {id}, which was removed from the cluster: with an empty one it \
+                 joins as a new node"
+            )));
+        }
         let known = self.nodes.iter_mut().find(|(_, known)| known.incarnation == node.incarnation);
         if let Some((id, known)) = known {
             known.addresses = node.addresses;
-            return Response::NodeAdded(*id);
+            return Ok(Response::NodeAdded(*id));
         }
         self.last_node += 1;
         let id = NodeId(self.last_node);
@@ -179,15 +213,34 @@ impl ClusterState {
         if let Some(replaced) = replaced {
             // The old disk is gone: the new node takes its place in every replica set, and the
             // leaders of those shards bring it up to date before the old id leaves.
-            self.nodes.remove(&replaced);
-            self.removed.insert(replaced);
+            self.bury(replaced);
             for shard in self.shards.values_mut() {
                 if shard.replicas.remove(&replaced) {
                     shard.replicas.insert(id);
                 }
             }
         }
-        Response::NodeAdded(id)
+        Ok(Response::NodeAdded(id))
+    }
+
+    fn set_drain(&mut self, node: NodeId, drain: Drain) -> Result<Response, Error> {
+        let is_last = self.nodes.iter().all(|(id, other)| *id == node || other.drain != Drain::No);
+        let known = self.nodes.get_mut(&node).ok_or_else(|| unknown_node(node))?;
+        if drain != Drain::No && is_last {
+            return Err(conflict("no other node is left to take what this one holds"));
+        }
+        // What an operator has ordered outlives a stop of the process.
+        if (known.drain, drain) != (Drain::Yes, Drain::UntilRestart) {
+            known.drain = drain;
+        }
+        Ok(Response::Done)
+    }
+
+    fn bury(&mut self, node: NodeId) {
+        if let Some(known) = self.nodes.remove(&node) {
+            self.gone.insert(known.incarnation, node);
+        }
+        self.removed.insert(node);
     }
 
     /// Whether that shard was there once and is no more; ids never come back.
@@ -215,8 +268,7 @@ impl ClusterState {
         if let Some((shard, _)) = sole {
             return Err(conflict(format!("node {node} holds the only replica of shard {shard}")));
         }
-        self.nodes.remove(&node);
-        self.removed.insert(node);
+        self.bury(node);
         for shard in self.shards.values_mut() {
             shard.replicas.remove(&node);
         }
@@ -243,7 +295,7 @@ impl ClusterState {
         for index in 0..shard_count {
             self.last_shard += 1;
             let id = ShardId(self.last_shard);
-            let replicas = placement::pick(self, &BTreeSet::new(), collection.replication_factor as usize);
+            let replicas = placement::pick(self, collection.replication_factor as usize);
             let (first, last) = nth_range(index, shard_count);
             let shard = Shard {
                 collection: name.clone(),
@@ -337,20 +389,6 @@ impl ClusterState {
     /// The shard of a collection that owns a point.
     pub fn shard_of_point(&self, collection: &Collection, point: PointId) -> ShardId {
         self.shard_of(collection, point.route())
-    }
-
-    /// The next shard that has fewer replicas than it wants while a node could take one more,
-    /// with the replica set that it should have. One step at a time keeps moves small.
-    pub fn next_growth(&self) -> Option<(ShardId, BTreeSet<NodeId>)> {
-        self.shards.iter().find_map(|(id, shard)| {
-            let wanted = self.collections.get(&shard.collection)?.replication_factor as usize;
-            if shard.replicas.len() >= wanted.min(self.nodes.len()) {
-                return None;
-            }
-            let mut replicas = shard.replicas.clone();
-            replicas.extend(placement::pick(self, &replicas, 1));
-            (replicas.len() > shard.replicas.len()).then_some((*id, replicas))
-        })
     }
 
     fn assert_invariants(&self) {

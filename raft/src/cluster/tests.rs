@@ -52,7 +52,6 @@ fn step(state: &mut ClusterState, words: &[&str]) -> String {
             let (_, found) = state.collection(collection).expect("exists");
             return format!("shard {}\n", state.shard_of(found, Route(number(route) as u32)));
         }
-        ["growth"] => return format!("{:?}\n", state.next_growth()),
         ["create-cluster", id] => Command::CreateCluster { cluster_id: (*id).to_owned() },
         ["add-node", name, incarnation, zone @ ..] => Command::AddNode {
             name: (*name).to_owned(),
@@ -77,6 +76,20 @@ fn step(state: &mut ClusterState, words: &[&str]) -> String {
                 created_at: 0,
             }
         }
+        ["drain", node, how] => Command::SetDrain {
+            node: NodeId(number(node)),
+            drain: match *how {
+                "no" => Drain::No,
+                "until-restart" => Drain::UntilRestart,
+                "yes" => Drain::Yes,
+                other => panic!("no such drain: {other}"),
+            },
+        },
+        ["pause", paused] => Command::PausePlacement { is_paused: *paused == "yes" },
+        ["replication", name, factor] => Command::SetReplicationFactor {
+            name: (*name).to_owned(),
+            replication_factor: number(factor) as u32,
+        },
         ["delete", name, request] => {
             let request_id = RequestId([number(request) as u8; 16]);
             Command::DeleteCollection { request_id, name: (*name).to_owned() }
@@ -101,7 +114,8 @@ fn step(state: &mut ClusterState, words: &[&str]) -> String {
 fn show(state: &ClusterState) -> String {
     let mut text = format!("version {}\n", state.version);
     for (id, node) in &state.nodes {
-        writeln!(text, "node {id} {} {}", node.name, node.zone).expect("a string takes writes");
+        let drain = if node.drain == Drain::No { String::new() } else { format!(" drain {:?}", node.drain) };
+        writeln!(text, "node {id} {} {}{drain}", node.name, node.zone).expect("a string takes writes");
     }
     for (id, shard) in &state.shards {
         let replicas: Vec<u64> = shard.replicas.iter().map(|node| node.0).collect();

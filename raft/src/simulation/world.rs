@@ -333,7 +333,7 @@ impl World {
                     (replicas.clone(), replicas)
                 };
                 if !wanted.is_empty() {
-                    is_steering = !group.steer_members(&wanted, &voters).await.unwrap_or(false);
+                    is_steering = !group.steer_members(&wanted, &voters, |_| true).await.unwrap_or(false);
                 }
             }
             let applied = group.applied();

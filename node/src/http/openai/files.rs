@@ -110,10 +110,12 @@ pub(super) async fn create(
     // The bytes are durable on a majority before the log names them.
     let blob = blobs::replicate(cluster, &running.blobs, shard, form.upload).await?;
     let created_at = shoal_actors::cluster::unix_now();
-    let record = FileRecord { id, filename: form.filename, blob, bytes, purpose: form.purpose, created_at };
+    let record =
+        FileRecord { id, filename: form.filename, blob: blob.hash, bytes, purpose: form.purpose, created_at };
     let request_id = Some(context.part_id("record"));
     let (_, index) =
         cluster.write(shard, request_id, Command::PutFile(record.clone()), context.deadline).await?;
+    blob.settle(cluster, &running.blobs, context.deadline).await?;
     metrics::counter!("document_operations_total", "operation" => "upload", "status" => "ok").increment(1);
     let mut position = context.position.clone();
     position.advance(shard.into(), index);

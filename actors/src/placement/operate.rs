@@ -1,0 +1,222 @@
+//! What an operator can order: draining, removing, moving, pausing.
+//!
+//! Every order is a command in the control group's log, checked against what the nodes report; the
+//! control group checks again what it can check.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use shoal_proto::{Error, ErrorCode, GroupId, NodeId, ShardId};
+use shoal_raft::cluster::{ClusterState, Command, Drain, Response};
+
+use super::plan::{Plan, keeps_from_leaving, needs};
+use super::report;
+use crate::call::{Call, Reply};
+use crate::cluster::Cluster;
+
+/// How long the leader of a group may take to answer an order.
+const ORDER_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often it is looked whether a node is drained.
+const DRAIN_TICK: Duration = Duration::from_millis(500);
+
+/// What a node that is drained still waits for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Leaving {
+    /// Why it cannot go yet; when there is nothing, its leaving loses nothing.
+    pub reasons: Vec<String>,
+}
+
+impl Leaving {
+    /// Whether the node can go.
+    pub fn is_done(&self) -> bool {
+        self.reasons.is_empty()
+    }
+}
+
+/// The node of a name or an id.
+///
+/// # Errors
+/// Not found.
+pub fn find_node(state: &ClusterState, name_or_id: &str) -> Result<NodeId, Error> {
+    let by_name = state.nodes.iter().find(|(_, node)| node.name == name_or_id).map(|(id, _)| *id);
+    let by_id = || name_or_id.parse().ok().map(NodeId).filter(|id| state.nodes.contains_key(id));
+    by_name
+        .or_else(by_id)
+        .ok_or_else(|| Error::not_found(format!("no member has the name or id `{name_or_id}`")))
+}
+
+impl Cluster {
+    /// What placement would do now, by the word of the control group's leader.
+    ///
+    /// # Errors
+    /// Unavailable when nobody leads it, or the leader has only just begun.
+    pub async fn plan(&self) -> Result<Plan, Error> {
+        let leader = self.groups().get(GroupId::CONTROL)?.leader();
+        let leader = leader.ok_or_else(|| Error::unavailable("the control group has no leader"))?;
+        match self.call(leader, Call::Plan, ORDER_TIMEOUT).await {
+            Reply::Planned(plan) => Ok(plan),
+            Reply::Failed(error) => Err(error),
+            _ => Err(Error::internal("the control group's leader did not answer with a plan")),
+        }
+    }
+
+    /// Begins to drain a node, or ends it.
+    ///
+    /// # Errors
+    /// Not found; conflict when there would be no node left.
+    pub async fn set_drain(&self, node: NodeId, drain: Drain, deadline: Instant) -> Result<(), Error> {
+        self.control(Command::SetDrain { node, drain }, deadline).await.map(drop)
+    }
+
+    /// What a node that is drained still waits for.
+    ///
+    /// # Errors
+    /// Unavailable when the control group does not answer in time.
+    pub async fn leaving(&self, node: NodeId, deadline: Instant) -> Result<Leaving, Error> {
+        let state = self.fresh_state(deadline).await?;
+        let reports = self.reports().await;
+        let mut reasons = keeps_from_leaving(&state, &report::load(self, &reports), node);
+        let control = reports
+            .values()
+            .flat_map(|report| report.groups.iter())
+            .filter(|group| group.group == GroupId::CONTROL && group.is_leader)
+            .max_by_key(|group| group.term);
+        if state.is_placement_paused && !reasons.is_empty() {
+            reasons.push("placement is paused".to_owned());
+        }
+        match control {
+            None => reasons.push("the control group has no leader".to_owned()),
+            Some(group) if group.voters.contains(&node) => {
+                reasons.push("it still votes in the control group".to_owned());
+            }
+            Some(_) => {}
+        }
+        Ok(Leaving { reasons })
+    }
+
+    /// Waits until a node that is drained can leave.
+    ///
+    /// # Errors
+    /// Unavailable at the deadline, with what is left to be done.
+    pub async fn wait_drained(&self, node: NodeId, deadline: Instant) -> Result<(), Error> {
+        let mut last = Leaving::default();
+        loop {
+            match self.leaving(node, deadline).await {
+                Ok(leaving) if leaving.is_done() => return Ok(()),
+                Ok(leaving) => last = leaving,
+                Err(error) if !error.code.is_retryable() => return Err(error),
+                Err(_) => {}
+            }
+            if Instant::now() + DRAIN_TICK >= deadline {
+                let left = last.reasons.join("; ");
+                return Err(Error::unavailable(format!("node {node} is not drained yet: {left}")));
+            }
+            tokio::time::sleep(DRAIN_TICK).await;
+        }
+    }
+
+    /// Takes a node out of the cluster for good. Without `force` only one that nothing would be lost with:
+    /// it is drained, or it is gone and every shard has a leader without it.
+    ///
+    /// # Errors
+    /// Not found; conflict, with what speaks against it.
+    pub async fn remove_node(&self, node: NodeId, force: bool, deadline: Instant) -> Result<(), Error> {
+        let conflict = |reason: String| Err(Error::new(ErrorCode::Conflict, reason));
+        let state = self.fresh_state(deadline).await?;
+        let Some(known) = state.nodes.get(&node) else {
+            return Err(Error::not_found(format!("node {node} is not a member")));
+        };
+        if !force {
+            let reports = self.reports().await;
+            if reports.contains_key(&node) {
+                let leaving = self.leaving(node, deadline).await?;
+                if known.drain == Drain::No || !leaving.is_done() {
+                    return conflict(format!("node {node} lives and is not drained: drain it first"));
+                }
+            }
+            let load = report::load(self, &reports);
+            if let Some(shard) = needs(&state, &load, node) {
+                return conflict(format!(
+                    "shard {shard} cannot do without node {node}: start it, or use force"
+                ));
+            }
+        }
+        match self.control(Command::RemoveNode { node }, deadline).await? {
+            Response::Absent => Err(Error::not_found(format!("node {node} is not a member"))),
+            _ => Ok(()),
+        }
+    }
+
+    /// Keeps placement from moving anything by itself, or lets it go on.
+    ///
+    /// # Errors
+    /// Unavailable when the control group does not answer in time.
+    pub async fn pause_placement(&self, is_paused: bool, deadline: Instant) -> Result<(), Error> {
+        self.control(Command::PausePlacement { is_paused }, deadline).await.map(drop)
+    }
+
+    /// Orders that a shard's replica moves from one node to another.
+    ///
+    /// # Errors
+    /// Not found; conflict when it does not fit to who holds the shard.
+    pub async fn move_replica(
+        &self,
+        shard: ShardId,
+        (from, to): (NodeId, NodeId),
+        deadline: Instant,
+    ) -> Result<(), Error> {
+        let state = self.fresh_state(deadline).await?;
+        let placed = state.shards.get(&shard).ok_or_else(|| no_shard(shard))?;
+        let conflict = |reason: String| Err(Error::new(ErrorCode::Conflict, reason));
+        if !placed.replicas.contains(&from) {
+            return conflict(format!("node {from} does not hold shard {shard}"));
+        }
+        if placed.replicas.contains(&to) {
+            return conflict(format!("node {to} holds shard {shard} already"));
+        }
+        let mut replicas: BTreeSet<NodeId> = placed.replicas.clone();
+        replicas.remove(&from);
+        replicas.insert(to);
+        let expected = placed.replicas.clone();
+        self.control(Command::SetReplicas { shard, expected, replicas }, deadline).await.map(drop)
+    }
+
+    /// Orders that another node leads a shard.
+    ///
+    /// # Errors
+    /// Not found; conflict when that node has no vote; unavailable when there is no leader now.
+    pub async fn move_leader(&self, shard: ShardId, to: NodeId) -> Result<(), Error> {
+        if !self.state().shards.contains_key(&shard) {
+            return Err(no_shard(shard));
+        }
+        let seen = report::seen(&self.reports().await);
+        let seen =
+            seen.get(&shard).ok_or_else(|| Error::unavailable(format!("shard {shard} has no leader now")))?;
+        if !seen.voters.contains(&to) {
+            let reason = format!("node {to} has no vote in shard {shard}");
+            return Err(Error::new(ErrorCode::Conflict, reason));
+        }
+        if seen.leader == to {
+            return Ok(());
+        }
+        let call = Call::TransferLeader { group: shard.into(), to };
+        match self.call(seen.leader, call, ORDER_TIMEOUT).await {
+            Reply::Failed(error) => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Changes how many replicas a collection wants of each shard.
+    ///
+    /// # Errors
+    /// Not found; invalid argument for a number out of range.
+    pub async fn set_replication(&self, name: &str, factor: u32, deadline: Instant) -> Result<(), Error> {
+        let name = self.fresh_state(deadline).await?.collection(name)?.0.to_owned();
+        let command = Command::SetReplicationFactor { name, replication_factor: factor };
+        self.control(command, deadline).await.map(drop)
+    }
+}
+
+fn no_shard(shard: ShardId) -> Error {
+    Error::not_found(format!("shard {shard} does not exist"))
+}

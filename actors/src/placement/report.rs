@@ -1,0 +1,126 @@
+//! What every node tells of itself, and what becomes of all their reports.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use futures::future::join_all;
+use serde::{Deserialize, Serialize};
+use shoal_proto::{GroupId, NodeId, ShardId};
+
+use super::plan::{Load, Seen};
+use crate::call::{Call, Reply};
+use crate::cluster::Cluster;
+
+/// How long a node may take to report.
+const REPORT_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// What a node says of itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeReport {
+    /// The node.
+    pub node: NodeId,
+    /// The version of its build.
+    pub version: String,
+    /// Free bytes for its data directory.
+    pub disk_free_bytes: u64,
+    /// Whether its disk's reserve is kept.
+    pub is_writable: bool,
+    /// The groups that it has an open replica of.
+    pub groups: Vec<GroupReport>,
+}
+
+/// A group, as one of its members sees it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GroupReport {
+    /// The group.
+    pub group: GroupId,
+    /// Whether this node leads it, as far as it knows.
+    pub is_leader: bool,
+    /// The term.
+    pub term: u64,
+    /// The last applied index.
+    pub applied: u64,
+    /// The last index of the log.
+    pub last_index: u64,
+    /// Members that vote; before and after it, in the middle of a change.
+    pub voters: BTreeSet<NodeId>,
+    /// Members that do not vote (yet).
+    pub learners: BTreeSet<NodeId>,
+    /// Whether the voters are being changed.
+    pub is_joint: bool,
+    /// On the leader: how many entries each member is behind.
+    pub behind: BTreeMap<NodeId, u64>,
+}
+
+impl Cluster {
+    /// What this node says of itself.
+    pub(crate) fn report(&self) -> NodeReport {
+        let groups = self.groups().all().into_iter().map(|group| {
+            let status = group.status();
+            let behind = status
+                .matched
+                .iter()
+                .map(|(node, matched)| (*node, status.last_index.saturating_sub(*matched)));
+            GroupReport {
+                group: status.id,
+                is_leader: status.role == "leader",
+                term: status.term,
+                applied: status.applied,
+                last_index: status.last_index,
+                behind: behind.collect(),
+                voters: status.voters,
+                learners: status.learners,
+                is_joint: status.is_joint,
+            }
+        });
+        NodeReport {
+            node: self.node(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            disk_free_bytes: self.disk_free_bytes(),
+            is_writable: self.is_writable(),
+            groups: groups.collect(),
+        }
+    }
+
+    /// The reports of all nodes that answer.
+    pub async fn reports(&self) -> BTreeMap<NodeId, NodeReport> {
+        let state = self.state();
+        let asked = state.nodes.keys().map(|node| async move {
+            let call = tokio::time::timeout(REPORT_TIMEOUT, self.call(*node, Call::Report, REPORT_TIMEOUT));
+            match call.await {
+                Ok(Reply::Reported(report)) => Some((*node, report)),
+                _ => None,
+            }
+        });
+        join_all(asked).await.into_iter().flatten().collect()
+    }
+}
+
+/// The groups of the shards by the word of their leaders: of two that think so, the one with the
+/// higher term is.
+pub(crate) fn seen(reports: &BTreeMap<NodeId, NodeReport>) -> BTreeMap<ShardId, Seen> {
+    let mut leaders: BTreeMap<ShardId, (u64, Seen)> = BTreeMap::new();
+    for (node, report) in reports {
+        for group in report.groups.iter().filter(|group| group.is_leader && group.group != GroupId::CONTROL) {
+            let known = leaders.get(&ShardId(group.group.0)).map(|(term, _)| *term);
+            if known.is_none_or(|known| known < group.term) {
+                let seen = Seen {
+                    leader: *node,
+                    voters: group.voters.clone(),
+                    learners: group.learners.clone(),
+                    is_joint: group.is_joint,
+                };
+                leaders.insert(ShardId(group.group.0), (group.term, seen));
+            }
+        }
+    }
+    leaders.into_iter().map(|(shard, (_, seen))| (shard, seen)).collect()
+}
+
+/// What can be said without knowing for how long anybody was silent.
+pub(crate) fn load(cluster: &Cluster, reports: &BTreeMap<NodeId, NodeReport>) -> Load {
+    let state = cluster.state();
+    let silent =
+        state.nodes.keys().filter(|node| !reports.contains_key(node)).map(|node| (*node, Duration::ZERO));
+    Load { silent: silent.collect(), shards: seen(reports), calm_for: Duration::ZERO }
+}

@@ -1,0 +1,297 @@
+//! `shoal cluster …`: what operators look at, and what they order.
+
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+use clap::Subcommand;
+use reqwest::Method;
+use serde_json::{Value, json};
+
+use super::client::{Client, ClientArgs};
+use super::table::{Table, list, text};
+
+/// How often a view that is watched is drawn anew, and a drain is asked after.
+const TICK: Duration = Duration::from_secs(1);
+
+/// What can be done with a cluster.
+#[derive(Subcommand)]
+pub enum ClusterCommand {
+    /// Show every node's own word, who holds and leads what, and what placement does.
+    Status {
+        #[command(flatten)]
+        client: ClientArgs,
+        /// Draw it anew every second.
+        #[arg(long)]
+        watch: bool,
+    },
+    /// Show what placement would do next, what it is at, and what it waits for.
+    Plan {
+        #[command(flatten)]
+        client: ClientArgs,
+    },
+    /// Move everything off a node; returns when it can be stopped and nothing is lost.
+    Drain {
+        /// Name or id.
+        node: String,
+        #[command(flatten)]
+        client: ClientArgs,
+        /// Seconds after which to give up. The drain itself goes on.
+        #[arg(long, default_value_t = 600)]
+        timeout: u64,
+    },
+    /// Use a node again.
+    Undrain {
+        /// Name or id.
+        node: String,
+        #[command(flatten)]
+        client: ClientArgs,
+    },
+    /// Take a node out of the cluster for good: one that is drained, or gone.
+    Remove {
+        /// Name or id.
+        node: String,
+        #[command(flatten)]
+        client: ClientArgs,
+        /// Remove it although something may be lost with it.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Move a replica. Placement may move it back, unless it is paused.
+    Move {
+        /// The shard's id.
+        shard: u64,
+        /// The node that holds it: name or id.
+        #[arg(long)]
+        from: String,
+        /// The node that is to hold it: name or id.
+        #[arg(long)]
+        to: String,
+        #[command(flatten)]
+        client: ClientArgs,
+    },
+    /// Let another of its replicas lead a shard.
+    Lead {
+        /// The shard's id.
+        shard: u64,
+        /// The node that is to lead it: name or id.
+        #[arg(long)]
+        to: String,
+        #[command(flatten)]
+        client: ClientArgs,
+    },
+    /// Change how many replicas a collection wants of each shard.
+    Replicate {
+        /// The collection.
+        collection: String,
+        /// The number of replicas.
+        factor: u32,
+        #[command(flatten)]
+        client: ClientArgs,
+    },
+    /// Keep placement from moving anything by itself.
+    Pause {
+        #[command(flatten)]
+        client: ClientArgs,
+    },
+    /// Let placement go on.
+    Resume {
+        #[command(flatten)]
+        client: ClientArgs,
+    },
+}
+
+/// Runs one of them.
+///
+/// # Errors
+/// What the cluster refused, for the person who typed it.
+pub async fn run(command: ClusterCommand) -> Result<()> {
+    match command {
+        ClusterCommand::Status { client, watch } => status(&Client::new(client)?, watch).await,
+        ClusterCommand::Plan { client } => {
+            print_plan(&Client::new(client)?.get("/admin/placement").await?);
+            Ok(())
+        }
+        ClusterCommand::Drain { node, client, timeout } => {
+            drain(&Client::new(client)?, &node, Duration::from_secs(timeout)).await
+        }
+        ClusterCommand::Undrain { node, client } => {
+            order(client, Method::DELETE, &format!("/admin/nodes/{node}/drain"), None).await?;
+            println!("node {node} is used again");
+            Ok(())
+        }
+        ClusterCommand::Remove { node, client, force } => {
+            order(client, Method::DELETE, &format!("/admin/nodes/{node}?force={force}"), None).await?;
+            println!("node {node} is removed; its id is never used again");
+            Ok(())
+        }
+        ClusterCommand::Move { shard, from, to, client } => {
+            let body = json!({"from": from, "to": to});
+            order(client, Method::POST, &format!("/admin/shards/{shard}/move"), Some(body)).await?;
+            println!("shard {shard} moves from {from} to {to}; `shoal cluster status` shows how far it is");
+            Ok(())
+        }
+        ClusterCommand::Lead { shard, to, client } => {
+            let body = json!({"to": to});
+            order(client, Method::POST, &format!("/admin/shards/{shard}/leader"), Some(body)).await?;
+            println!("{to} is asked to lead shard {shard}");
+            Ok(())
+        }
+        ClusterCommand::Replicate { collection, factor, client } => {
+            let body = json!({"replication_factor": factor});
+            let path = format!("/admin/collections/{collection}/replication");
+            order(client, Method::PUT, &path, Some(body)).await?;
+            println!("every shard of {collection} is to have {factor} replicas");
+            Ok(())
+        }
+        ClusterCommand::Pause { client } => {
+            order(client, Method::POST, "/admin/placement/pause", None).await?;
+            println!("placement is paused; what is under way ends");
+            Ok(())
+        }
+        ClusterCommand::Resume { client } => {
+            order(client, Method::POST, "/admin/placement/resume", None).await?;
+            println!("placement goes on");
+            Ok(())
+        }
+    }
+}
+
+async fn order(args: ClientArgs, method: Method, path: &str, body: Option<Value>) -> Result<Value> {
+    let client = Client::new(args)?;
+    let request = client.request(method, path);
+    client.send(if let Some(body) = body { request.json(&body) } else { request }).await
+}
+
+async fn status(client: &Client, watch: bool) -> Result<()> {
+    loop {
+        let report = client.get("/admin/cluster/report").await;
+        if watch && std::io::stdout().is_terminal() {
+            // Clears the screen and goes to its upper left corner.
+            print!("\x1b[2J\x1b[H");
+        }
+        match report {
+            Ok(report) => print_report(&report),
+            // Somebody who watches a cluster in trouble goes on watching.
+            Err(error) if watch => println!("{error:#}"),
+            Err(error) => return Err(error),
+        }
+        if !watch {
+            return Ok(());
+        }
+        tokio::time::sleep(TICK).await;
+    }
+}
+
+fn print_report(report: &Value) {
+    println!("cluster {}  (map version {})\n", text(&report["cluster_id"]), report["version"]);
+    let mut nodes =
+        Table::new(&["NODE", "NAME", "ZONE", "STATE", "VERSION", "REPLICAS", "LEADS", "FREE DISK", "HTTP"]);
+    for node in list(&report["nodes"]) {
+        let state = match (node["answers"].as_bool(), text(&node["drain"]), node["disk_writable"].as_bool()) {
+            (Some(false), ..) => "silent",
+            (_, "yes" | "until_restart", _) => "drained",
+            (.., Some(false)) => "disk full",
+            _ => "up",
+        };
+        let free =
+            node["disk_free_bytes"].as_f64().map_or("-".to_owned(), |free| format!("{:.1} GiB", free / GIB));
+        nodes.row([
+            node["id"].to_string(),
+            text(&node["name"]).to_owned(),
+            text(&node["zone"]).to_owned(),
+            state.to_owned(),
+            text(&node["version"]).to_owned(),
+            node["replicas"].to_string(),
+            node["leads"].to_string(),
+            free,
+            text(&node["http"]).to_owned(),
+        ]);
+    }
+    nodes.print();
+    println!();
+    let mut shards =
+        Table::new(&["SHARD", "COLLECTION", "LEADER", "REPLICAS", "VOTERS", "LEARNERS", "BEHIND"]);
+    let control = json!({"id": 0, "collection": "(control group)", "group": report["control"]});
+    for shard in std::iter::once(&control).chain(list(&report["shards"])) {
+        let group = &shard["group"];
+        let behind = group["behind"].as_object().and_then(|all| all.values().filter_map(Value::as_u64).max());
+        let leader = if group.is_null() { "NONE".to_owned() } else { group["leader"].to_string() };
+        shards.row([
+            shard["id"].to_string(),
+            text(&shard["collection"]).to_owned(),
+            leader,
+            ids(&shard["replicas"]),
+            ids(&group["voters"]),
+            ids(&group["learners"]),
+            behind.map_or("-".to_owned(), |behind| behind.to_string()),
+        ]);
+    }
+    shards.print();
+    println!();
+    print_plan(&report["placement"]);
+}
+
+const GIB: f64 = (1u64 << 30) as f64;
+
+fn ids(value: &Value) -> String {
+    let ids: Vec<String> = list(value).iter().map(Value::to_string).collect();
+    if ids.is_empty() { "-".to_owned() } else { ids.join(",") }
+}
+
+fn print_plan(plan: &Value) {
+    if plan.is_null() {
+        return println!("placement: no word from the control group's leader");
+    }
+    let paused = if plan["is_paused"] == json!(true) { " (paused)" } else { "" };
+    let (steps, moving, waiting) = (list(&plan["steps"]), list(&plan["moving"]), list(&plan["waiting"]));
+    if steps.is_empty() && moving.is_empty() && waiting.is_empty() {
+        return println!("placement{paused}: nothing to do");
+    }
+    println!("placement{paused}:");
+    for moving in moving {
+        let (arriving, leaving) = (ids(&moving["arriving"]), ids(&moving["leaving"]));
+        println!("  under way  shard {}: arriving {arriving}, leaving {leaving}", moving["shard"]);
+    }
+    for step in steps {
+        println!("  next       {}  ({})", text(&step["step"]), text(&step["reason"]));
+    }
+    for waiting in waiting {
+        println!("  waits      {}", text(waiting));
+    }
+}
+
+/// Begins the drain and waits until it is done, saying what is left whenever that changes.
+async fn drain(client: &Client, node: &str, patience: Duration) -> Result<()> {
+    let path = format!("/admin/nodes/{node}/drain");
+    let started = Instant::now();
+    let mut status = client.send(client.request(Method::POST, &path)).await?;
+    let mut said = String::new();
+    loop {
+        let waits: Vec<&str> = list(&status["waits_for"]).iter().map(text).collect();
+        if status["is_done"] == json!(true) {
+            println!(
+                "node {node} is drained after {:.0} s: it can be stopped",
+                started.elapsed().as_secs_f64()
+            );
+            return Ok(());
+        }
+        if status["drain"] == json!("no") {
+            bail!("somebody has ended the drain of node {node}");
+        }
+        let left = waits.join("; ");
+        if left != said {
+            println!("{} left: {left}", waits.len());
+            said = left;
+        }
+        if started.elapsed() > patience {
+            bail!("node {node} is not drained yet; it goes on: `shoal cluster status` shows how far it is");
+        }
+        tokio::time::sleep(TICK).await;
+        match client.get(&path).await {
+            Ok(next) => status = next,
+            // An election, perhaps: the drain goes on by itself.
+            Err(error) => println!("{error:#}; asking again"),
+        }
+    }
+}

@@ -1,0 +1,336 @@
+//! What operators order: draining, removing and repairing nodes, moving replicas and leaders, and the
+//! view of the whole cluster that they decide by.
+
+use std::collections::BTreeMap;
+
+use axum::Json;
+use axum::body::Bytes;
+use axum::extract::{Path, Query, State};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use shoal_actors::Cluster;
+use shoal_actors::placement::{NodeReport, Plan, find_node};
+use shoal_proto::{GroupId, NodeId, ShardId};
+use shoal_raft::cluster::{ClusterState, Drain};
+use utoipa::{IntoParams, ToSchema};
+use utoipa_axum::router::OpenApiRouter;
+
+use crate::app::App;
+use crate::http::context::{Context, json as read_json};
+use crate::http::error::Problem;
+use crate::http::openapi::OperatorAnswers;
+
+pub(super) fn routes() -> OpenApiRouter<App> {
+    OpenApiRouter::new()
+        .routes(described!(report))
+        .routes(described!(placement))
+        .routes(described!(pause))
+        .routes(described!(resume))
+        .routes(described!(drain, drain_status, undrain))
+        .routes(described!(remove))
+        .routes(described!(move_replica))
+        .routes(described!(move_leader))
+        .routes(described!(set_replication))
+}
+
+/// The whole cluster: every node's own word, who holds and leads what, and what placement does.
+#[utoipa::path(
+    get,
+    path = "/admin/cluster/report",
+    operation_id = "cluster_report",
+    tag = "operators",
+    params(Context),
+    responses(OperatorAnswers)
+)]
+async fn report(State(app): State<App>, context: Context) -> Result<Json<Value>, Problem> {
+    let cluster = &app.running()?.cluster;
+    let state = cluster.fresh_state(context.deadline).await?;
+    let reports = cluster.reports().await;
+    let plan = cluster.plan().await.ok();
+    let nodes: Vec<Value> = state.nodes.keys().map(|id| node_shape(&state, &reports, *id)).collect();
+    let shards: Vec<Value> = state.shards.keys().map(|id| shard_shape(&state, &reports, *id)).collect();
+    Ok(Json(json!({
+        "cluster_id": state.cluster_id, "version": state.version, "nodes": nodes,
+        "control": group_shape(&reports, GroupId::CONTROL), "shards": shards,
+        "placement": plan.map(|plan| plan_shape(&plan)),
+    })))
+}
+
+fn node_shape(state: &ClusterState, reports: &BTreeMap<NodeId, NodeReport>, id: NodeId) -> Value {
+    let node = &state.nodes[&id];
+    let report = reports.get(&id);
+    let leads = report.map(|report| report.groups.iter().filter(|group| group.is_leader).count());
+    json!({
+        "id": id, "name": node.name, "zone": node.zone, "http": node.addresses.http, "grpc": node.addresses.grpc,
+        "answers": report.is_some(), "drain": drain_name(node.drain),
+        "version": report.map(|report| report.version.as_str()),
+        "disk_free_bytes": report.map(|report| report.disk_free_bytes),
+        "disk_writable": report.map(|report| report.is_writable),
+        "replicas": state.shards.values().filter(|shard| shard.replicas.contains(&id)).count(), "leads": leads,
+    })
+}
+
+pub(super) fn drain_name(drain: Drain) -> &'static str {
+    match drain {
+        Drain::No => "no",
+        Drain::UntilRestart => "until_restart",
+        Drain::Yes => "yes",
+    }
+}
+
+fn shard_shape(state: &ClusterState, reports: &BTreeMap<NodeId, NodeReport>, id: ShardId) -> Value {
+    let shard = &state.shards[&id];
+    json!({
+        "id": id, "collection": shard.collection, "first": shard.first, "last": shard.last,
+        "replicas": shard.replicas, "group": group_shape(reports, id.into()),
+    })
+}
+
+/// A group by the word of its leader; null when nobody who answers leads it.
+fn group_shape(reports: &BTreeMap<NodeId, NodeReport>, id: GroupId) -> Value {
+    let leaders = reports.values().flat_map(|report| {
+        report
+            .groups
+            .iter()
+            .filter(|group| group.group == id && group.is_leader)
+            .map(|group| (report.node, group))
+    });
+    match leaders.max_by_key(|(_, group)| group.term) {
+        None => Value::Null,
+        Some((leader, group)) => json!({
+            "leader": leader, "term": group.term, "applied": group.applied, "last_index": group.last_index,
+            "voters": group.voters, "learners": group.learners, "behind": group.behind,
+        }),
+    }
+}
+
+fn plan_shape(plan: &Plan) -> Value {
+    let steps: Vec<Value> = plan
+        .steps
+        .iter()
+        .map(|planned| json!({"step": planned.step.to_string(), "reason": planned.reason}))
+        .collect();
+    let moving: Vec<Value> = plan
+        .moving
+        .iter()
+        .map(|moving| json!({"shard": moving.shard, "arriving": moving.arriving, "leaving": moving.leaving}))
+        .collect();
+    json!({
+        "version": plan.version, "is_paused": plan.is_paused, "steps": steps, "moving": moving,
+        "waiting": plan.waiting,
+    })
+}
+
+/// What placement would do next, what it is at, and what it waits for.
+#[utoipa::path(
+    get,
+    path = "/admin/placement",
+    operation_id = "placement",
+    tag = "operators",
+    responses(OperatorAnswers)
+)]
+async fn placement(State(app): State<App>) -> Result<Json<Value>, Problem> {
+    Ok(Json(plan_shape(&app.running()?.cluster.plan().await?)))
+}
+
+/// Placement moves nothing any more by itself. What is under way ends.
+#[utoipa::path(
+    post,
+    path = "/admin/placement/pause",
+    operation_id = "pause_placement",
+    tag = "operators",
+    params(Context),
+    responses(OperatorAnswers)
+)]
+async fn pause(State(app): State<App>, context: Context) -> Result<Json<Value>, Problem> {
+    app.running()?.cluster.pause_placement(true, context.deadline).await?;
+    Ok(Json(json!({"is_paused": true})))
+}
+
+/// Placement goes on.
+#[utoipa::path(
+    post,
+    path = "/admin/placement/resume",
+    operation_id = "resume_placement",
+    tag = "operators",
+    params(Context),
+    responses(OperatorAnswers)
+)]
+async fn resume(State(app): State<App>, context: Context) -> Result<Json<Value>, Problem> {
+    app.running()?.cluster.pause_placement(false, context.deadline).await?;
+    Ok(Json(json!({"is_paused": false})))
+}
+
+async fn drain_shape(cluster: &Cluster, node: NodeId, context: &Context) -> Result<Json<Value>, Problem> {
+    let leaving = cluster.leaving(node, context.deadline).await?;
+    let drain = cluster.state().nodes.get(&node).map_or(Drain::No, |node| node.drain);
+    let is_done = drain != Drain::No && leaving.is_done();
+    Ok(Json(json!({
+        "node": node, "drain": drain_name(drain), "is_done": is_done, "waits_for": leaving.reasons,
+    })))
+}
+
+/// Begins to move everything off a node, and says what is left to be done. It is done when the same
+/// path, asked again, says `is_done`: then the node can be stopped, and nothing is lost with it.
+#[utoipa::path(
+    post, path = "/admin/nodes/{node}/drain", operation_id = "drain_node", tag = "operators",
+    params(("node" = String, Path, description = "Name or id"), Context),
+    responses(OperatorAnswers),
+)]
+async fn drain(
+    State(app): State<App>,
+    Path(node): Path<String>,
+    context: Context,
+) -> Result<Json<Value>, Problem> {
+    let cluster = &app.running()?.cluster;
+    let node = find_node(&*cluster.fresh_state(context.deadline).await?, &node)?;
+    cluster.set_drain(node, Drain::Yes, context.deadline).await?;
+    drain_shape(cluster, node, &context).await
+}
+
+/// Whether a node is drained, and what is left to be done.
+#[utoipa::path(
+    get, path = "/admin/nodes/{node}/drain", operation_id = "drain_status", tag = "operators",
+    params(("node" = String, Path, description = "Name or id"), Context),
+    responses(OperatorAnswers),
+)]
+async fn drain_status(
+    State(app): State<App>,
+    Path(node): Path<String>,
+    context: Context,
+) -> Result<Json<Value>, Problem> {
+    let cluster = &app.running()?.cluster;
+    let node = find_node(&*cluster.fresh_state(context.deadline).await?, &node)?;
+    drain_shape(cluster, node, &context).await
+}
+
+/// Uses a node again.
+#[utoipa::path(
+    delete, path = "/admin/nodes/{node}/drain", operation_id = "undrain_node", tag = "operators",
+    params(("node" = String, Path, description = "Name or id"), Context),
+    responses(OperatorAnswers),
+)]
+async fn undrain(
+    State(app): State<App>,
+    Path(node): Path<String>,
+    context: Context,
+) -> Result<Json<Value>, Problem> {
+    let cluster = &app.running()?.cluster;
+    let node = find_node(&*cluster.fresh_state(context.deadline).await?, &node)?;
+    cluster.set_drain(node, Drain::No, context.deadline).await?;
+    drain_shape(cluster, node, &context).await
+}
+
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct Removal {
+    /// Remove it although something may be lost with it.
+    #[serde(default)]
+    force: bool,
+    /// Seconds after which the client gives up; read by everybody.
+    #[serde(default, rename = "timeout")]
+    _timeout: Option<u64>,
+}
+
+/// Takes a node out of the cluster for good: one that is drained, or gone. Its id is never used again.
+#[utoipa::path(
+    delete, path = "/admin/nodes/{node}", operation_id = "remove_node", tag = "operators",
+    params(("node" = String, Path, description = "Name or id"), Removal),
+    responses(OperatorAnswers),
+)]
+async fn remove(
+    State(app): State<App>,
+    Path(node): Path<String>,
+    Query(removal): Query<Removal>,
+    context: Context,
+) -> Result<Json<Value>, Problem> {
+    let cluster = &app.running()?.cluster;
+    let node = find_node(&*cluster.fresh_state(context.deadline).await?, &node)?;
+    cluster.remove_node(node, removal.force, context.deadline).await?;
+    Ok(Json(json!({"removed": node})))
+}
+
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct MoveReplica {
+    /// The node that holds the replica: name or id.
+    from: String,
+    /// The node that is to hold it: name or id.
+    to: String,
+}
+
+/// Moves a shard's replica from one node to another. Placement may move it back, unless it is paused.
+#[utoipa::path(
+    post, path = "/admin/shards/{shard}/move", operation_id = "move_replica", tag = "operators",
+    params(("shard" = u64, Path, description = "Id"), Context),
+    request_body = MoveReplica,
+    responses(OperatorAnswers),
+)]
+async fn move_replica(
+    State(app): State<App>,
+    Path(shard): Path<u64>,
+    context: Context,
+    body: Bytes,
+) -> Result<Json<Value>, Problem> {
+    let request: MoveReplica = read_json(&body)?;
+    let cluster = &app.running()?.cluster;
+    let state = cluster.fresh_state(context.deadline).await?;
+    let (from, to) = (find_node(&state, &request.from)?, find_node(&state, &request.to)?);
+    cluster.move_replica(ShardId(shard), (from, to), context.deadline).await?;
+    Ok(Json(json!({"shard": shard, "from": from, "to": to})))
+}
+
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct MoveLeader {
+    /// The node that is to lead: name or id.
+    to: String,
+}
+
+/// Lets another of its replicas lead a shard.
+#[utoipa::path(
+    post, path = "/admin/shards/{shard}/leader", operation_id = "move_leader", tag = "operators",
+    params(("shard" = u64, Path, description = "Id"), Context),
+    request_body = MoveLeader,
+    responses(OperatorAnswers),
+)]
+async fn move_leader(
+    State(app): State<App>,
+    Path(shard): Path<u64>,
+    context: Context,
+    body: Bytes,
+) -> Result<Json<Value>, Problem> {
+    let request: MoveLeader = read_json(&body)?;
+    let cluster = &app.running()?.cluster;
+    let to = find_node(&*cluster.fresh_state(context.deadline).await?, &request.to)?;
+    cluster.move_leader(ShardId(shard), to).await?;
+    Ok(Json(json!({"shard": shard, "leader": to})))
+}
+
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct SetReplication {
+    /// Replicas of each shard, from 1 to 7. Fewer nodes mean fewer replicas until nodes arrive.
+    replication_factor: u32,
+}
+
+/// Changes how many replicas a collection wants of each shard. Placement carries it out.
+#[utoipa::path(
+    put, path = "/admin/collections/{collection}/replication", operation_id = "set_replication",
+    tag = "operators",
+    params(("collection" = String, Path, description = "Name or alias"), Context),
+    request_body = SetReplication,
+    responses(OperatorAnswers),
+)]
+async fn set_replication(
+    State(app): State<App>,
+    Path(name): Path<String>,
+    context: Context,
+    body: Bytes,
+) -> Result<Json<Value>, Problem> {
+    let request: SetReplication = read_json(&body)?;
+    let cluster = &app.running()?.cluster;
+    cluster.set_replication(&name, request.replication_factor, context.deadline).await?;
+    Ok(Json(json!({"collection": name, "replication_factor": request.replication_factor})))
+}

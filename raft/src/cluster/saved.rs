@@ -1,0 +1,140 @@
+//! How the control group's state is stored and sent, and how what earlier versions wrote is read.
+//!
+//! The first byte is the format's number. Each format that is not written any more is a value of its
+//! own that turns into the next one; a test reads bytes that each of them has written.
+
+use serde::de::DeserializeOwned;
+use shoal_proto::codec::{self, CodecError};
+
+use super::ClusterState;
+
+/// The format that [`write`] writes. Before it there was no number: those bytes begin with the
+/// codec's own, which was 1.
+const FORMAT: u8 = 2;
+
+/// The bytes of a state, with where in the log it was taken.
+pub fn write(tag: &Option<Vec<u8>>, state: &ClusterState) -> Vec<u8> {
+    [&[FORMAT][..], &codec::encode(&(tag, state))].concat()
+}
+
+/// Reads what [`write`] wrote, now or in an earlier version.
+///
+/// # Errors
+/// When the bytes are of a later version, or damaged.
+pub fn read(bytes: &[u8]) -> Result<(Option<Vec<u8>>, ClusterState), CodecError> {
+    match bytes.split_first() {
+        None => Err(CodecError::Empty),
+        Some((1, _)) => decode::<v1::ClusterState>(bytes),
+        Some((&FORMAT, body)) => decode::<ClusterState>(body),
+        Some((other, _)) => Err(CodecError::UnknownVersion(*other)),
+    }
+}
+
+fn decode<T: DeserializeOwned + Into<ClusterState>>(
+    bytes: &[u8],
+) -> Result<(Option<Vec<u8>>, ClusterState), CodecError> {
+    let (tag, state): (Option<Vec<u8>>, T) = codec::decode(bytes)?;
+    Ok((tag, state.into()))
+}
+
+/// The first format: nodes could not be drained, and nobody remembered the incarnations of those that
+/// were gone.
+mod v1 {
+    use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+    use serde::Deserialize;
+    use shoal_proto::{NodeId, RequestId, ShardId};
+
+    use super::super::{Addresses, Alias, Collection, Drain, Response, Shard};
+
+    #[derive(Deserialize)]
+    pub(super) struct Node {
+        name: String,
+        incarnation: String,
+        addresses: Addresses,
+        zone: String,
+    }
+
+    #[derive(Deserialize)]
+    pub(super) struct ClusterState {
+        version: u64,
+        cluster_id: String,
+        nodes: BTreeMap<NodeId, Node>,
+        removed: BTreeSet<NodeId>,
+        collections: BTreeMap<String, Collection>,
+        aliases: BTreeMap<Alias, String>,
+        shards: BTreeMap<ShardId, Shard>,
+        last_node: u64,
+        last_shard: u64,
+        answered: VecDeque<(RequestId, Response)>,
+    }
+
+    impl From<Node> for super::super::Node {
+        fn from(old: Node) -> Self {
+            let Node { name, incarnation, addresses, zone } = old;
+            super::super::Node { name, incarnation, addresses, zone, drain: Drain::No }
+        }
+    }
+
+    impl From<ClusterState> for super::super::ClusterState {
+        fn from(old: ClusterState) -> Self {
+            super::super::ClusterState {
+                version: old.version,
+                cluster_id: old.cluster_id,
+                nodes: old.nodes.into_iter().map(|(id, node)| (id, node.into())).collect(),
+                removed: old.removed,
+                gone: BTreeMap::new(),
+                is_placement_paused: false,
+                collections: old.collections,
+                aliases: old.aliases,
+                shards: old.shards,
+                last_node: old.last_node,
+                last_shard: old.last_shard,
+                answered: old.answered,
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use shoal_proto::NodeId;
+
+    use super::super::{Addresses, Command, Drain};
+    use super::*;
+
+    #[test]
+    fn a_state_comes_back_as_it_was_written() {
+        let mut state = ClusterState::default();
+        state.apply(Command::CreateCluster { cluster_id: "c".into() });
+        for name in ["a", "b"] {
+            state.apply(Command::AddNode {
+                name: name.into(),
+                incarnation: format!("inc-{name}"),
+                addresses: Addresses::default(),
+                zone: String::new(),
+            });
+        }
+        state.apply(Command::SetDrain { node: NodeId(2), drain: Drain::Yes });
+        let bytes = write(&Some(vec![7]), &state);
+        assert_eq!(read(&bytes).expect("whole"), (Some(vec![7]), state));
+        assert!(read(&bytes[..bytes.len() - 1]).is_err());
+        assert!(matches!(read(&[9, 9]), Err(CodecError::UnknownVersion(9))));
+    }
+
+    /// Written by the build of 2026-11-21, before nodes could be drained.
+    #[test]
+    fn what_the_first_format_has_written_is_read() {
+        let bytes = include_bytes!("../../testdata/cluster-state-1.bin");
+        let (tag, state) = read(bytes).expect("whole");
+        assert_eq!(tag.map(|tag| tag.len()), Some(TAG_BYTES));
+        assert_eq!(
+            state.nodes.values().map(|node| node.name.as_str()).collect::<Vec<_>>(),
+            ["n1", "n2", "n3"]
+        );
+        assert!(state.nodes.values().all(|node| node.drain == Drain::No) && state.gone.is_empty());
+        assert_eq!(state.collection("kept").expect("known").1.shards.len(), 2);
+    }
+
+    const TAG_BYTES: usize = 16;
+}
