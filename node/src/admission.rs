@@ -1,213 +1,185 @@
-//! How many requests are in work at once: as many as the node can do without falling behind.
+//! How many requests are in work at once, and what becomes of the rest.
 //!
 //! ```text
-//!            a turn of the run queue takes long        it does not, and requests wait
-//!  limit  ◀──── × 0.8 of what is in work ────   ────▶  + 1/8, up to the most
-//!
-//!  request ─▶ a place? ──yes─▶ in work
+//!  request ─▶ a place? ──yes─▶ in work ──after LONG_WORK─▶ a waiting room? its place is given away
 //!                 └──no──▶ in line, first come first served ──its patience ends──▶ 429
 //! ```
 //!
-//! A node that takes in more than its processors can do is late with everything, heartbeats
-//! included, and in the end does less than it could. What is late shows in how long a task that is
-//! ready waits for its turn: that is measured, and the number of requests in work follows it by
-//! additive increase and multiplicative decrease (Chiu and Jain, 1989). The least of several
-//! measurements counts, as in CoDel (RFC 8289): a queue that empties now and then is no overload.
+//! A node that takes in everything at once is late with everything: each request then waits inside, for
+//! the log, for a replica, for the processor, and many end at their deadlines with nobody knowing what
+//! became of them. So there are so many places for each core that this node may use, which is enough for
+//! the log to write many entries with one sync, and whoever finds none waits where nothing has begun yet.
 //!
-//! A request that waits for a disk, a peer or an election costs no turns and lowers no limit.
+//! Whoever takes long in work waits for something else than the processor: an election, a disk, a peer.
+//! Such a request keeps nobody out: it moves on to a waiting room of its own, which is larger. Is that full
+//! as well, the node is slow because it has too much to do, and nobody else is let in.
 
+use std::future::Future;
+use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::sync::Semaphore;
 
-/// How often a turn of the run queue is measured.
-const PROBE_EVERY: Duration = Duration::from_millis(25);
-/// Measurements after which the limit is set anew; the least of them counts.
-const PROBES: u32 = 8;
-/// A turn that takes longer says that the node has more to do than it can.
-const LONG_TURN: Duration = Duration::from_millis(20);
-/// The fewest requests that are let in at once, however busy the node is.
-const LEAST: usize = 8;
-
-/// How many requests may be in work, and why: the pure part.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Limit {
-    now: usize,
-    most: usize,
-}
-
-impl Limit {
-    /// What the limit is to be after a while in which the shortest turn took `turn`, with so many
-    /// requests in work and in line.
-    fn next(self, turn: Duration, in_work: usize, in_line: usize) -> Limit {
-        let now = if turn > LONG_TURN {
-            // What is in work may be far below a limit that nobody has reached yet.
-            (self.now.min(in_work) * 4 / 5).max(LEAST)
-        } else if in_line > 0 || in_work >= self.now {
-            self.now + (self.now / 8).max(1)
-        } else {
-            self.now
-        };
-        Limit { now: now.min(self.most), most: self.most }
-    }
-}
+/// Places for each core.
+const PLACES_PER_CORE: f64 = 64.0;
+/// The fewest places, on a small part of a core.
+const LEAST_PLACES: usize = 8;
+/// Requests that take long, for each place.
+const LONG_PER_PLACE: usize = 4;
+/// A request that is in work for longer gives its place away.
+const LONG_WORK: Duration = Duration::from_secs(1);
 
 /// Lets requests in. Cheap to clone.
 #[derive(Clone)]
 pub struct Admission {
-    inner: Arc<Inner>,
-}
-
-struct Inner {
-    places: Semaphore,
-    /// Places that are to go as soon as they are given back.
-    surplus: AtomicUsize,
-    in_work: AtomicUsize,
-    in_line: AtomicUsize,
-    most: usize,
+    places: Arc<Semaphore>,
+    /// For those in work that take long.
+    long: Arc<Semaphore>,
     patience: Duration,
 }
 
-/// A place among the requests in work, given back when it is dropped.
-pub struct Place<'a> {
-    inner: &'a Inner,
-    permit: Option<SemaphorePermit<'a>>,
-}
-
-impl Drop for Place<'_> {
-    fn drop(&mut self) {
-        self.inner.in_work.fetch_sub(1, Ordering::AcqRel);
-        let is_surplus = self
-            .inner
-            .surplus
-            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |surplus| surplus.checked_sub(1));
-        if is_surplus.is_ok()
-            && let Some(permit) = self.permit.take()
-        {
-            permit.forget();
-        }
-    }
-}
-
-/// Counts a request in line for as long as it lives.
-struct InLine<'a>(&'a AtomicUsize);
-
-impl Drop for InLine<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::AcqRel);
-    }
-}
-
 impl Admission {
-    /// At most so many requests in work, each of which waits so long for its turn.
-    pub fn new(most: usize, patience: Duration) -> Admission {
-        let inner = Inner {
-            places: Semaphore::new(most),
-            surplus: AtomicUsize::new(0),
-            in_work: AtomicUsize::new(0),
-            in_line: AtomicUsize::new(0),
-            most,
-            patience,
-        };
-        Admission { inner: Arc::new(inner) }
+    /// So many places, or as many as this node's cores are good for when that is zero; each request waits
+    /// so long for one.
+    pub fn new(working: usize, patience: Duration) -> Admission {
+        Admission::with_places(if working == 0 { places(cores()) } else { working }, patience)
     }
 
-    /// Waits for a place; none when it takes too long.
-    pub async fn enter(&self) -> Option<Place<'_>> {
-        let inner = &*self.inner;
-        let permit = match inner.places.try_acquire() {
-            Ok(permit) => permit,
+    fn with_places(places: usize, patience: Duration) -> Admission {
+        let long = Arc::new(Semaphore::new(LONG_PER_PLACE * places));
+        Admission { places: Arc::new(Semaphore::new(places)), long, patience }
+    }
+
+    /// Does some work when there is a place for it; none when it takes too long.
+    pub async fn run<T>(&self, work: impl Future<Output = T>) -> Option<T> {
+        let place = match self.places.try_acquire() {
+            Ok(place) => place,
             Err(_) => {
-                inner.in_line.fetch_add(1, Ordering::AcqRel);
-                let _in_line = InLine(&inner.in_line);
-                tokio::time::timeout(inner.patience, inner.places.acquire()).await.ok()?.ok()?
+                let _waiting = Counted::new("shoal_requests_waiting");
+                tokio::time::timeout(self.patience, self.places.acquire()).await.ok()?.ok()?
             }
         };
-        inner.in_work.fetch_add(1, Ordering::AcqRel);
-        Some(Place { inner, permit: Some(permit) })
-    }
-
-    /// Measures how busy the node is and sets the limit by it, for as long as the node runs.
-    pub async fn adapt(self) {
-        let mut limit = Limit { now: self.inner.most, most: self.inner.most };
-        loop {
-            let mut turn = Duration::MAX;
-            for _ in 0..PROBES {
-                tokio::time::sleep(PROBE_EVERY).await;
-                // Goes to the end of the run queue: what is ready now has its turn first.
-                let ready = Instant::now();
-                tokio::task::yield_now().await;
-                turn = turn.min(ready.elapsed());
+        tokio::pin!(work);
+        match tokio::time::timeout(LONG_WORK, &mut work).await {
+            Ok(done) => Some(done),
+            Err(_) => {
+                let long = self.long.try_acquire();
+                let _place = long.is_err().then_some(place);
+                Some(work.await)
             }
-            let (in_work, in_line) =
-                (self.inner.in_work.load(Ordering::Acquire), self.inner.in_line.load(Ordering::Acquire));
-            let next = limit.next(turn, in_work, in_line);
-            self.resize(limit.now, next.now);
-            limit = next;
-            metrics::gauge!("shoal_admission_limit").set(limit.now as f64);
-            metrics::gauge!("shoal_admission_waiting").set(in_line as f64);
-            metrics::gauge!("shoal_run_queue_seconds").set(turn.as_secs_f64());
         }
     }
+}
 
-    fn resize(&self, from: usize, to: usize) {
-        let inner = &*self.inner;
-        if to < from {
-            let taken = inner.places.forget_permits(from - to);
-            inner.surplus.fetch_add(from - to - taken, Ordering::AcqRel);
-            return;
-        }
-        let mut more = to - from;
-        while more > 0
-            && inner
-                .surplus
-                .fetch_update(Ordering::AcqRel, Ordering::Acquire, |surplus| surplus.checked_sub(1))
-                .is_ok()
-        {
-            more -= 1;
-        }
-        inner.places.add_permits(more);
+/// Counts up a gauge for as long as it lives.
+struct Counted(metrics::Gauge);
+
+impl Counted {
+    fn new(name: &'static str) -> Counted {
+        let gauge = metrics::gauge!(name);
+        gauge.increment(1.0);
+        Counted(gauge)
     }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.decrement(1.0);
+    }
+}
+
+fn places(cores: f64) -> usize {
+    ((PLACES_PER_CORE * cores).ceil() as usize).max(LEAST_PLACES)
+}
+
+/// How many cores this process may use: those of the machine, or the part of them that its cgroup has.
+fn cores() -> f64 {
+    let machine = std::thread::available_parallelism().map_or(1, usize::from) as f64;
+    let groups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    groups.lines().filter_map(quota).fold(machine, f64::min)
+}
+
+/// The quota of one line of `/proc/self/cgroup`: `number:controllers:path`, without controllers in
+/// version 2.
+fn quota(line: &str) -> Option<f64> {
+    let mut parts = line.splitn(3, ':');
+    let (_, controllers, path) = (parts.next()?, parts.next()?, parts.next()?);
+    let root = Path::new("/sys/fs/cgroup");
+    let path = path.trim_start_matches('/');
+    let read = |file: std::path::PathBuf| std::fs::read_to_string(file).ok();
+    if controllers.is_empty() {
+        // In a container the file of the own group is at the root.
+        let text = read(root.join(path).join("cpu.max")).or_else(|| read(root.join("cpu.max")))?;
+        let (quota, period) = text.trim().split_once(' ')?;
+        return ratio(quota, period);
+    }
+    if !controllers.split(',').any(|controller| controller == "cpu") {
+        return None;
+    }
+    let of = |file: &str| {
+        let mounts = [format!("cpu/{path}"), format!("cpu,cpuacct/{path}"), "cpu".to_owned()];
+        mounts.into_iter().find_map(|mount| read(root.join(mount).join(file)))
+    };
+    ratio(&of("cpu.cfs_quota_us")?, &of("cpu.cfs_period_us")?)
+}
+
+/// None when there is no quota: `max`, or -1.
+fn ratio(quota: &str, period: &str) -> Option<f64> {
+    let (quota, period): (f64, f64) = (quota.trim().parse().ok()?, period.trim().parse().ok()?);
+    (quota > 0.0 && period > 0.0).then(|| quota / period)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const SHORT: Duration = Duration::from_millis(1);
-    const LONG: Duration = Duration::from_millis(100);
-
     #[test]
-    fn the_limit_falls_when_turns_are_long_and_rises_when_requests_wait() {
-        let at = |now| Limit { now, most: 1000 };
-        assert_eq!(at(1000).next(LONG, 100, 0), at(80), "what is in work counts, not what might be");
-        assert_eq!(at(80).next(LONG, 80, 300), at(64));
-        assert_eq!(at(9).next(LONG, 9, 300), at(LEAST));
-        assert_eq!(at(64).next(SHORT, 64, 10), at(72));
-        assert_eq!(at(64).next(SHORT, 10, 0), at(64), "nobody asks for more");
-        assert_eq!(at(990).next(SHORT, 990, 10), at(1000));
+    fn places_follow_the_cores() {
+        assert_eq!((places(2.0), places(0.25), places(0.01)), (128, 16, LEAST_PLACES));
+        assert_eq!(
+            (ratio("25000\n", "100000\n"), ratio("max", "100000"), ratio("-1", "100000")),
+            (Some(0.25), None, None)
+        );
+        assert!(cores() > 0.0);
     }
 
     #[tokio::test(start_paused = true)]
     async fn who_finds_no_place_waits_and_is_then_refused() {
-        let admission = Admission::new(2, Duration::from_secs(1));
-        let first = admission.enter().await.expect("a place");
-        let second = admission.enter().await.expect("a place");
-        assert!(admission.enter().await.is_none());
-        admission.resize(2, 1);
-        drop(first);
-        assert!(admission.enter().await.is_none(), "that place is gone");
-        drop(second);
-        let only = admission.enter().await.expect("the last place");
-        admission.resize(1, 2);
-        let another = admission.enter().await.expect("a new place");
-        // Shrunk and grown again before anybody has left.
-        admission.resize(2, 1);
-        admission.resize(1, 2);
-        drop((only, another));
-        assert_eq!(admission.inner.places.available_permits(), 2);
-        assert_eq!(admission.inner.in_line.load(Ordering::Acquire), 0);
+        let admission = Admission::with_places(1, Duration::from_millis(500));
+        let first = admission.run(tokio::time::sleep(Duration::from_millis(200)));
+        let second = admission.run(async { "served" });
+        let (first, second) = tokio::join!(first, second);
+        assert_eq!((first, second), (Some(()), Some("served")), "the second one waited for its turn");
+        let work = admission.run(tokio::time::sleep(Duration::from_millis(900)));
+        let (done, refused) = tokio::join!(work, admission.run(async {}));
+        assert_eq!((done, refused), (Some(()), None), "nobody waits for longer than its patience");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_takes_long_keeps_nobody_out() {
+        let admission = Admission::with_places(1, LONG_WORK + Duration::from_millis(1));
+        let long = admission.run(tokio::time::sleep(10 * LONG_WORK));
+        let (done, served) = tokio::join!(long, admission.run(async {}));
+        assert_eq!((done, served), (Some(()), Some(())));
+        assert_eq!(admission.places.available_permits(), 1, "its place is not given back twice");
+        assert_eq!(admission.long.available_permits(), LONG_PER_PLACE);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn when_everybody_takes_long_nobody_else_is_let_in() {
+        let admission = Admission::with_places(1, 2 * LONG_WORK);
+        let long = || admission.run(tokio::time::sleep(100 * LONG_WORK));
+        let late = async {
+            tokio::time::sleep((LONG_PER_PLACE as u32 + 2) * 2 * LONG_WORK).await;
+            admission.run(async {}).await
+        };
+        let all = futures::future::join_all((0..LONG_PER_PLACE + 1).map(|turn| async move {
+            tokio::time::sleep(turn as u32 * 2 * LONG_WORK).await;
+            long().await
+        }));
+        let (done, late) = tokio::join!(all, late);
+        assert!(done.iter().all(Option::is_some));
+        assert_eq!(late, None);
     }
 }

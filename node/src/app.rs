@@ -33,7 +33,7 @@ impl App {
         let limits = &config.limits;
         let requests = Semaphore::new(limits.concurrent_requests);
         let patience = Duration::from_millis(limits.queue_milliseconds);
-        let admission = Admission::new(limits.concurrent_requests, patience);
+        let admission = Admission::new(limits.working_requests, patience);
         let running = OnceLock::new();
         App { inner: Arc::new(Inner { config, running, metrics, log_level, requests, admission }) }
     }

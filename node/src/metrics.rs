@@ -39,9 +39,10 @@ fn describe() {
     describe_counter!("http_requests_total", "Requests by method, route and status");
     describe_histogram!("http_request_duration_seconds", Unit::Seconds, "Time to answer a request");
     describe_gauge!("shoal_http_in_flight", "Requests being served");
-    describe_gauge!("shoal_admission_limit", "Requests that may be in work at once, by how busy the node is");
-    describe_gauge!("shoal_admission_waiting", "Requests that wait in line");
-    describe_gauge!("shoal_run_queue_seconds", Unit::Seconds, "Time that a task waits for its turn to run");
+    describe_gauge!(
+        "shoal_requests_waiting",
+        "Requests that wait in line because the node has too much to do"
+    );
     describe_counter!("document_operations_total", "Document operations by outcome");
     describe_histogram!("shoal_raft_log_sync_seconds", Unit::Seconds, "Time of one durable log write");
     describe_histogram!("shoal_raft_log_batch_operations", "Operations in one durable log write");
@@ -107,6 +108,7 @@ fn describe() {
     }
     gauge!("shoal_disk_writable").set(1.0);
     gauge!("shoal_http_in_flight").set(0.0);
+    gauge!("shoal_requests_waiting").set(0.0);
 }
 
 /// Keeps the gauges up to date for as long as the node runs.

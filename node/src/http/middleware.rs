@@ -84,11 +84,10 @@ pub(super) async fn limit_concurrency(State(app): State<App>, request: Request, 
     if !must_queue(request.method(), request.uri().path()) {
         return next.run(request).await;
     }
-    let Some(_place) = app.admission().enter().await else {
+    app.admission().run(next.run(request)).await.unwrap_or_else(|| {
         let reason = "this node has more to do than it can; try again, or another node";
-        return render(&Error::new(ErrorCode::Busy, reason), surface);
-    };
-    next.run(request).await
+        render(&Error::new(ErrorCode::Busy, reason), surface)
+    })
 }
 
 /// Whether a request stands in line on a busy node. Operators do not, and neither do uploads: they

@@ -1,6 +1,7 @@
 //! Points, in the shapes of Qdrant's REST API: envelopes, codes, defaults. The `qdrant-client`
 //! package works against it for the operations that are served.
 
+mod cluster;
 mod collections;
 pub(in crate::http) use collections::create_and_wait;
 mod points;
@@ -14,6 +15,8 @@ use crate::app::App;
 /// The routes.
 pub fn routes() -> OpenApiRouter<App> {
     OpenApiRouter::new()
+        .routes(described!(cluster::status))
+        .routes(described!(cluster::collection))
         .routes(described!(collections::list))
         .routes(described!(collections::get, collections::create, collections::delete))
         .routes(described!(collections::exists))
