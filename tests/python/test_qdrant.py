@@ -175,6 +175,20 @@ def test_service(report, client):
     )
 
 
+def test_cluster(report, client, collections):
+    status = client.cluster_status()
+    report.equal("the cluster is enabled", status.status, "enabled")
+    report.check("the answering peer is one of them", str(status.peer_id) in status.peers, status)
+    report.check("it has a leader", status.raft_info.leader is not None, status)
+    name = collections.cities("where")
+    where = client.collection_cluster_info(name)
+    report.equal("its shards are counted", where.shard_count, len(where.local_shards) + len(where.remote_shards))
+    held = sum(shard.points_count for shard in where.local_shards)
+    report.equal("its points are counted", held, client.count(name, exact=True).count)
+    report.check("its replicas are active", all(shard.state == "Active" for shard in where.local_shards), where)
+    report.equal("nothing is under way", where.shard_transfers, [])
+
+
 def test_collections(report, client, collections):
     name = collections.name("life")
     report.equal("an unmade collection does not exist", client.collection_exists(name), False)
@@ -676,6 +690,7 @@ def test_wrong_key(report, base_url):
 
 
 TESTS = [
+    test_cluster,
     test_collections,
     test_missing_collection,
     test_bad_requests,

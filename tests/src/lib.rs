@@ -26,6 +26,7 @@ pub mod http;
 pub mod node;
 pub mod points;
 pub mod ports;
+pub mod searcher;
 pub mod settled;
 pub mod shared;
 pub mod view;
@@ -39,6 +40,7 @@ pub use http::{NotConnected, Reply};
 pub use node::{Host, KEY, Node};
 pub use points::{Freshness, Points, point, vector};
 pub use ports::Ports;
+pub use searcher::{Searched, Searcher};
 pub use wait::{say, skip, wait_until};
 pub use writers::{Writers, Written};
 

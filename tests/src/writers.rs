@@ -44,6 +44,8 @@ struct Log {
 pub struct Written {
     /// The payload of each acknowledged point.
     pub points: BTreeMap<u64, Value>,
+    /// When each write was acknowledged, in order.
+    pub times: Vec<Instant>,
     /// From the first acknowledgement to the last.
     pub span: Duration,
     /// The longest time in which no writer had an acknowledgement.
@@ -111,7 +113,7 @@ impl Writers {
         times.sort_unstable();
         let first = times.first().context("nothing was written")?;
         let span = times.last().map_or(Duration::ZERO, |last| last.duration_since(*first));
-        Ok(Written { points, span, gap_of_all: longest_gap(&times), gap_of_one })
+        Ok(Written { points, span, gap_of_all: longest_gap(&times), gap_of_one, times })
     }
 }
 
@@ -145,6 +147,13 @@ fn longest_gap(times: &[Instant]) -> Duration {
 }
 
 impl Written {
+    /// The longest time in which no writer had an acknowledgement, of the gaps that begin in a span.
+    pub fn gap_within(&self, from: Instant, to: Instant) -> Duration {
+        let first = self.times.partition_point(|at| *at < from);
+        let last = self.times.partition_point(|at| *at < to);
+        longest_gap(&self.times[first..(last + 1).min(self.times.len()).max(first)])
+    }
+
     /// Prints how it went.
     pub fn report(&self, name: &str) {
         let count = self.points.len();

@@ -1,0 +1,246 @@
+//! A cluster that grows and shrinks under load, by itself: nodes that start join and take their share,
+//! nodes that stop hand everything over first. Nothing is lost, nothing is there twice, nothing fails
+//! for a client that tries again.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use shoal_tests::view::View;
+use shoal_tests::{
+    Client, Cluster, Freshness, Points, Request, Searcher, Writers, documents, point, say, wait_until,
+};
+
+/// How long a node may take to hand everything over and stop.
+const DRAIN_DEADLINE: Duration = Duration::from_secs(120);
+/// How long placement may take to come to rest.
+const REST_DEADLINE: Duration = Duration::from_secs(120);
+/// Shards of the collection.
+const SHARDS: u32 = 4;
+/// Uploaded files. They are in a shard of their own, which goes where the others go.
+const FILES: u32 = 20;
+/// Points that are searched for.
+const NEEDLES: u64 = 20;
+/// Ids of those, beyond what the writers write.
+const FIRST_NEEDLE: u64 = 1 << 40;
+
+/// Waits until placement has nothing to do and the running nodes hold so many replicas: as it should be.
+async fn rest(cluster: &Cluster, is_right: impl Fn(&[usize]) -> bool) -> Result<()> {
+    wait_until(REST_DEADLINE, "placement to come to rest", || async {
+        let report = cluster.any().json(&Request::get("/admin/cluster/report")).await?;
+        let plan = &report["placement"];
+        for part in ["steps", "moving", "waiting"] {
+            let left = plan[part].as_array().with_context(|| format!("no plan: {plan}"))?;
+            ensure!(left.is_empty(), "{part}: {left:?}");
+        }
+        let nodes = report["nodes"].as_array().context("no nodes")?.iter();
+        let used = nodes.filter(|node| node["answers"] == json!(true) && node["drain"] == json!("no"));
+        let spread: Vec<usize> = used.filter_map(|node| Some(node["replicas"].as_u64()? as usize)).collect();
+        // The plan may be that of a moment ago.
+        ensure!(is_right(&spread), "the nodes hold {spread:?} replicas");
+        Ok(Some(()))
+    })
+    .await
+}
+
+fn file_bytes(number: u32) -> Vec<u8> {
+    blake3::hash(&number.to_be_bytes()).to_hex().repeat(2000).into_bytes()
+}
+
+/// Checks that a node serves the bytes of every file.
+async fn verify_files(client: &Client, files: &[(String, Vec<u8>)]) -> Result<()> {
+    for (id, bytes) in files {
+        let reply = client.succeed(&Request::get(format!("/v1/files/{id}/content"))).await?;
+        ensure!(reply.body == *bytes, "file {id} has {} other bytes", reply.body.len());
+    }
+    Ok(())
+}
+
+fn replicas_of(view: &View, node: u64) -> usize {
+    view.shards.iter().filter(|shard| shard.replicas.contains(&node)).count()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_three_five_three_one_under_load() -> Result<()> {
+    let mut cluster = Cluster::of(1).env("SHOAL_DRAIN_ON_STOP", "true").start().await?;
+    // Known to the clients from the beginning, as the names behind a service are.
+    for _ in 1..5 {
+        cluster.place_node()?;
+    }
+    let any = cluster.any();
+    let points = Points::of(&any, "c");
+    points.create(SHARDS, 3).await?;
+    let needles: Vec<u64> = (FIRST_NEEDLE..FIRST_NEEDLE + NEEDLES).collect();
+    points
+        .upsert(&needles.iter().map(|id| point(*id, json!({"needle": id}))).collect::<Vec<Value>>())
+        .await?;
+    let mut files = Vec::new();
+    for number in 0..FILES {
+        let bytes = file_bytes(number);
+        files.push((documents::upload(&any, &format!("{number}.txt"), &bytes, None).await?, bytes));
+    }
+    let writers = Writers::start(&cluster, "c", 4);
+    let searcher = Searcher::start(&any, "c", needles.clone());
+    writers.progress(100).await?;
+
+    let mut steps = vec![(String::from("calm"), Instant::now())];
+    writers.progress(1000).await?;
+    let mut step = |name: &str| steps.push((name.to_owned(), Instant::now()));
+    step("1 to 3");
+    for at in 1..3 {
+        cluster.restart(at).await?;
+    }
+    rest(&cluster, |spread| spread == [5, 5, 5]).await?;
+    step("3 to 5");
+    for at in 3..5 {
+        cluster.restart(at).await?;
+    }
+    rest(&cluster, |spread| spread == [3; 5]).await?;
+    for (at, left) in [(1, 4), (3, 3), (4, 2), (2, 1)] {
+        writers.progress(50).await?;
+        step(&format!("{} to {left}", left + 1));
+        let code = cluster.node_mut(at).terminate(DRAIN_DEADLINE).await?;
+        ensure!(code == Some(0), "a clean stop of n{} has exit code {code:?}", at + 1);
+        let view = cluster.node(0).view().await?;
+        let id =
+            view.nodes.iter().find(|node| node.name == format!("n{}", at + 1)).context("it is known")?.id;
+        let held = replicas_of(&view, id);
+        ensure!(held == 0, "n{} has stopped and is to hold {held} replicas", at + 1);
+        rest(&cluster, |spread| spread.iter().sum::<usize>() == 5 * left.min(3)).await?;
+    }
+    step("end");
+    writers.progress(100).await?;
+    let written = writers.stop().await?;
+    let searched = searcher.stop().await?;
+    written.report("1 to 3 to 5 to 3 to 1");
+    for pair in steps.windows(2) {
+        let [(name, from), (_, to)] = pair else { continue };
+        let times = searched.times(*from, *to).map(|times| times.map(|time| time.as_millis()));
+        say(format!(
+            "{name}: {:.1} s, longest write gap {} ms, searches p50, p99, max in ms: {times:?}",
+            to.duration_since(*from).as_secs_f64(),
+            written.gap_within(*from, *to).as_millis(),
+        ));
+    }
+    // What is left on the one node is everything.
+    let mut expected = written.points.clone();
+    expected.extend(needles.iter().map(|id| (*id, json!({"needle": id}))));
+    for freshness in [Freshness::Linearizable, Freshness::Eventual] {
+        shoal_tests::writers::verify(&expected, &Points::of(cluster.client(0), "c").at(freshness)).await?;
+    }
+    verify_files(cluster.client(0), &files).await?;
+    // And the others come back as who they were.
+    for at in 1..3 {
+        cluster.restart(at).await?;
+    }
+    rest(&cluster, |spread| spread == [5, 5, 5]).await?;
+    cluster.converged().await?;
+    for at in 0..3 {
+        verify_files(cluster.client(at), &files).await?;
+        let points = Points::of(cluster.client(at), "c").at(Freshness::Eventual);
+        shoal_tests::writers::verify(&expected, &points).await?;
+    }
+    cluster.finish()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn operators_drain_move_repair_and_remove() -> Result<()> {
+    let mut cluster = Cluster::of(5).env("SHOAL_REPAIR_AFTER", "10").start().await?;
+    let any = cluster.any();
+    Points::of(&any, "c").create(SHARDS, 3).await?;
+    rest(&cluster, |spread| spread.iter().sum::<usize>() == 12).await?;
+    let writers = Writers::start(&cluster, "c", 2);
+    writers.progress(50).await?;
+    let client = cluster.client(0).clone();
+    let order = |request: Request| {
+        let client = client.clone();
+        async move { client.json(&request).await }
+    };
+
+    // A node that is drained keeps nothing, and is not removed before it is.
+    let refused = client.send(&Request::delete("/admin/nodes/n2")).await?;
+    ensure!(refused.status == 409, "a node that lives and is not drained was removed: {}", refused.text());
+    order(Request::post("/admin/nodes/n2/drain", &json!({}))).await?;
+    wait_until(DRAIN_DEADLINE, "n2 to be drained", || async {
+        let status = order(Request::get("/admin/nodes/n2/drain")).await?;
+        ensure!(status["is_done"] == json!(true), "{status}");
+        Ok(Some(()))
+    })
+    .await?;
+    let view = cluster.node(1).view().await?;
+    ensure!(replicas_of(&view, view.node.id) == 0, "a drained node is to hold replicas");
+    wait_until(REST_DEADLINE, "n2 to throw away what it held", || async {
+        let view = cluster.node(1).view().await?;
+        ensure!(view.groups.iter().all(|group| group.group == 0), "n2 has replicas open");
+        Ok(Some(()))
+    })
+    .await?;
+    order(Request::delete("/admin/nodes/n2")).await?;
+    let code = cluster.node_mut(1).exited(Duration::from_secs(30)).await?;
+    ensure!(code == Some(76), "a removed node ends with 76, not {code:?}");
+    // It comes back from its old directory, and is told again.
+    cluster.node_mut(1).start()?;
+    let code = cluster.node_mut(1).exited(Duration::from_secs(30)).await?;
+    ensure!(code == Some(76), "a removed node that comes back ends with 76, not {code:?}");
+    ensure!(cluster.node(1).log().contains("was removed from its cluster"), "and says why");
+
+    // A node that dies for good is replaced from its peers, by itself.
+    let lost = cluster.node(2).view().await?.node.id;
+    cluster.node_mut(2).kill()?;
+    wait_until(REST_DEADLINE, "the lost node to be replaced", || async {
+        let view = cluster.node(0).view().await?;
+        let held = replicas_of(&view, lost);
+        ensure!(held == 0, "{held} shards are still to be held by the lost node");
+        Ok(Some(()))
+    })
+    .await?;
+    rest_without(&cluster, lost).await?;
+    order(Request::delete("/admin/nodes/n3")).await?;
+
+    // Leaders and replicas move by hand while placement is paused.
+    order(Request::post("/admin/placement/pause", &json!({}))).await?;
+    order(Request::put("/admin/collections/c/replication", &json!({"replication_factor": 1}))).await?;
+    wait_until(REST_DEADLINE, "placement to pause", || async {
+        let plan = order(Request::get("/admin/placement")).await?;
+        ensure!(plan["is_paused"] == json!(true), "{plan}");
+        Ok(Some(()))
+    })
+    .await?;
+    let shard = cluster.shards("c").await?[0];
+    let leader = cluster.leader(shard).await?;
+    let other = if leader == 0 { "n4" } else { "n1" };
+    wait_until(REST_DEADLINE, "the leader to move", || async {
+        order(Request::post(format!("/admin/shards/{shard}/leader"), &json!({"to": other}))).await?;
+        let now = cluster.leader(shard).await?;
+        ensure!(cluster.node(now).name() == other, "{} leads", cluster.node(now).name());
+        Ok(Some(()))
+    })
+    .await?;
+    let known = client
+        .send(&Request::post(format!("/admin/shards/{shard}/move"), &json!({"from": "n1", "to": "n4"})))
+        .await?;
+    ensure!(known.status == 409, "n4 holds it already: {}", known.text());
+    let unknown = client.send(&Request::post("/admin/nodes/n9/drain", &json!({}))).await?;
+    ensure!(unknown.status == 404, "there is no n9: {}", unknown.text());
+    order(Request::post("/admin/placement/resume", &json!({}))).await?;
+    rest(&cluster, |spread| spread.iter().sum::<usize>() == 4 && spread.iter().all(|held| *held > 0)).await?;
+    let written = writers.stop().await?;
+    written.report("drained, repaired, moved");
+    for at in [0, 3, 4] {
+        written.verify(cluster.client(at), "c", Freshness::Linearizable).await?;
+    }
+    cluster.finish()
+}
+
+/// Waits until nothing moves although a node is gone.
+async fn rest_without(cluster: &Cluster, lost: u64) -> Result<()> {
+    wait_until(REST_DEADLINE, "the replicas to be whole without the lost node", || async {
+        let report = cluster.client(0).json(&Request::get("/admin/cluster/report")).await?;
+        for shard in report["shards"].as_array().context("no shards")? {
+            let voters = shard["group"]["voters"].as_array().context("no leader")?;
+            ensure!(voters.len() == 3 && !voters.contains(&json!(lost)), "{shard}");
+        }
+        Ok(Some(()))
+    })
+    .await
+}
