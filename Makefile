@@ -20,7 +20,7 @@ test: setup chaos-tools model build
 	python3 tests/deploy/validate_manifests.py
 	tests/deploy/compose_test.sh $(TARGET)/release/shoal
 
-## Every row of the chaos matrix in its small size (about 17 minutes; as root, or most rows are skipped).
+## Every row of the chaos matrix in its small size (about 20 minutes; as root, or most rows are skipped).
 chaos: chaos-tools build
 	$(TARGET)/release/chaos run all --out $(TARGET)/chaos
 

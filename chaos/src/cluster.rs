@@ -305,10 +305,10 @@ impl Cluster {
     ///
     /// # Errors
     /// When it is refused.
-    pub async fn create_collection(&self, shards: u32) -> Result<()> {
+    pub async fn create_collection(&self, shards: u32, replicas: usize) -> Result<()> {
         let body = json!({
             "vectors": {"size": DIMENSIONS, "distance": "Cosine"},
-            "shard_number": shards, "replication_factor": self.len(),
+            "shard_number": shards, "replication_factor": replicas,
         });
         let client = self.members[0].node.client();
         client.succeed(&Request::put(format!("/collections/{COLLECTION}"), &body)).await?;

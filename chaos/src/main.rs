@@ -90,6 +90,9 @@ struct RunArguments {
     /// Seconds in which faults strike, instead of the scenario's own.
     #[arg(long)]
     seconds: Option<u64>,
+    /// Only these of the scenario's faults.
+    #[arg(long)]
+    fault: Vec<String>,
     /// Where histories, logs, data and results go.
     #[arg(long, default_value = "target/chaos")]
     out: PathBuf,
@@ -170,6 +173,14 @@ fn scenario_for(bug: Bug) -> &'static str {
     }
 }
 
+/// The fault that brings it out, where the others of the scenario would only take its time.
+fn fault_for(bug: Bug) -> Option<&'static str> {
+    match bug {
+        Bug::RetryAppliedTwice => Some("answers-lost"),
+        _ => None,
+    }
+}
+
 fn planted(bin: &Path, only: Option<&str>, out: &Path) -> Result<bool> {
     ensure!(bin.is_file(), "{} does not exist", bin.display());
     let bin = bin.canonicalize()?;
@@ -196,7 +207,9 @@ fn planted(bin: &Path, only: Option<&str>, out: &Path) -> Result<bool> {
         }
         let variable = format!("SHOAL_PLANTED_BUG={name}");
         let scenario = scenario_for(*bug);
-        let arguments = [scenario, "--expect-caught", "--seconds", PLANTED_SECONDS, "--env", &variable];
+        let mut arguments =
+            vec![scenario, "--expect-caught", "--seconds", PLANTED_SECONDS, "--env", &variable];
+        arguments.extend(fault_for(*bug).into_iter().flat_map(|fault| ["--fault", fault]));
         let mut is_caught = false;
         for _ in 0..PLANTED_ATTEMPTS {
             is_caught = is_caught || run(&arguments, name)?;
@@ -256,6 +269,9 @@ fn run_all(arguments: &RunArguments) -> Result<bool> {
         if let Some(seconds) = arguments.seconds {
             command.args(["--seconds", &seconds.to_string()]);
         }
+        for fault in &arguments.fault {
+            command.args(["--fault", fault]);
+        }
         for variable in &arguments.env {
             command.arg("--env").arg(variable);
         }
@@ -281,6 +297,12 @@ fn run_one(scenario: &Scenario, arguments: &RunArguments) -> Result<bool> {
             variable.split_once('=').with_context(|| format!("{variable:?} is not NAME=VALUE"))?;
         scenario.env.insert(name.to_owned(), value.to_owned());
     }
+    if !arguments.fault.is_empty() {
+        let unknown =
+            arguments.fault.iter().find(|name| !scenario.faults.iter().any(|fault| fault.name() == **name));
+        ensure!(unknown.is_none(), "{} has no fault {}", scenario.name, unknown.map_or("", String::as_str));
+        scenario.faults.retain(|fault| arguments.fault.contains(&fault.name()));
+    }
     let scenario = &scenario;
     let mut size: Size = match arguments.size {
         SizeName::Ci => scenario.ci.clone(),
@@ -291,7 +313,8 @@ fn run_one(scenario: &Scenario, arguments: &RunArguments) -> Result<bool> {
         size.patience = PLANTED_PATIENCE;
     }
     let seed = arguments.seed.unwrap_or_else(rand::random);
-    let command = format!("chaos run {} --size {} --seed {seed}", scenario.name, arguments.size.name());
+    let only: String = arguments.fault.iter().map(|fault| format!(" --fault {fault}")).collect();
+    let command = format!("chaos run {} --size {} --seed {seed}{only}", scenario.name, arguments.size.name());
     println!("row {} {}: {}", scenario.row, scenario.name, scenario.promise);
     println!("  {command}");
     let mut entry = Entry {

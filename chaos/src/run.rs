@@ -22,8 +22,6 @@ use crate::history::{Call, Header, History, Level, Phase, Recorder, Sample};
 use crate::scenario::{Scenario, Size};
 use crate::workloads::{Clients, Crowd, Source};
 
-/// The time before the first fault.
-const CALM: Duration = Duration::from_secs(3);
 /// How long the cluster may take to settle at first.
 const SETUP_LIMIT: Duration = Duration::from_secs(60);
 /// How long a node may take to be whole again after a bit has flipped.
@@ -67,7 +65,8 @@ pub async fn run(
         cluster.start(at)?;
     }
     cluster.settled(SETUP_LIMIT).await.context("the cluster does not come up")?;
-    cluster.create_collection(scenario.shards.unwrap_or(scenario.workload.shards())).await?;
+    let replicas = scenario.replicas.unwrap_or(size.nodes);
+    cluster.create_collection(scenario.shards.unwrap_or(scenario.workload.shards()), replicas).await?;
     cluster.settled(SETUP_LIMIT).await.context("the collection does not come up")?;
 
     let header = Header {
@@ -92,7 +91,7 @@ pub async fn run(
     let clients = Clients::start(&source, scenario.workload, 0..size.clients, pause);
     cluster.crowd = Some(Crowd::new(source, size.clients));
 
-    tokio::time::sleep(CALM).await;
+    tokio::time::sleep(Duration::from_secs(size.calm)).await;
     strike(scenario, size, seed, &mut cluster, &recorder).await?;
     let patience = Duration::from_secs(size.patience);
     if let Err(error) = cluster.settled_under_load(patience).await {
@@ -291,6 +290,11 @@ fn monitor(cluster: &Cluster, recorder: &Arc<Recorder>) -> JoinHandle<()> {
                         run,
                         group: group.group,
                         is_leader: group.is_leader(),
+                        is_learner: group.role == "learner",
+                        members: match group.is_leader() {
+                            true => group.voters.union(&group.learners).copied().collect(),
+                            false => Vec::new(),
+                        },
                         term: group.term,
                         purged: group.purged,
                         checkpoint: group.checkpoint,

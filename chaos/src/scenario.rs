@@ -44,6 +44,8 @@ pub struct Scenario {
     pub must_see: BTreeMap<String, u64>,
     /// Shards of the collection, instead of what the workload wants.
     pub shards: Option<u32>,
+    /// Replicas of each shard, instead of one on every node.
+    pub replicas: Option<usize>,
     /// How many leaders may be elected after the first of each group, where that is promised.
     pub most_elections: Option<u64>,
     /// The longest time without an acknowledged write, in milliseconds, where that is promised.
@@ -61,6 +63,9 @@ pub struct Size {
     /// Nodes.
     #[serde(default = "three")]
     pub nodes: usize,
+    /// Seconds of work before the first fault.
+    #[serde(default = "calm")]
+    pub calm: u64,
     /// Seconds in which faults strike.
     pub seconds: u64,
     /// Clients.
@@ -89,6 +94,10 @@ pub struct Size {
 }
 
 fn three() -> usize {
+    3
+}
+
+fn calm() -> u64 {
     3
 }
 
@@ -180,6 +189,7 @@ const SHIPPED: &[(&str, &str)] = shipped!(
     "bit-flips"
     "bridge"
     "cables"
+    "churn"
     "clocks"
     "crash-points"
     "disk-full"
@@ -194,6 +204,7 @@ const SHIPPED: &[(&str, &str)] = shipped!(
     "rejoin"
     "retries"
     "rolling-restart"
+    "scaling"
     "search"
     "sessions"
     "snapshots"

@@ -5,6 +5,9 @@ use crate::history::{History, Operation, Phase};
 
 /// The fault that this is about.
 const FAULT: &str = "overload";
+/// How long before it throughput is taken as the usual one: a cluster that has only just begun, with
+/// nothing stored yet and no graph to build, is quicker than it will ever be again.
+const USUAL_NS: u64 = 10_000_000_000;
 /// The least part of the usual throughput that must be left under overload.
 const LEAST_GOODPUT: f64 = 0.8;
 /// How long the cluster may take to be as quick as before, in nanoseconds.
@@ -30,6 +33,7 @@ pub fn check(history: &History, operations: &[Operation]) -> Verdict {
         return verdict;
     };
     let began = operations.iter().map(|operation| operation.began_ns).min().unwrap_or_default();
+    let began = began.max(first.saturating_sub(USUAL_NS));
     let ended = operations.iter().filter(|operation| operation.is_ok()).map(|operation| operation.ended_ns);
     let rate = |from: u64, to: u64| {
         let count = ended.clone().filter(|at| (from..to).contains(at)).count();

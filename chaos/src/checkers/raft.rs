@@ -16,6 +16,7 @@ pub fn check(history: &History) -> Verdict {
     let mut verdict = Verdict::new("raft");
     let mut leaders: BTreeMap<(u64, u64), u64> = BTreeMap::new();
     let mut latest: BTreeMap<(u64, u64), &Sample> = BTreeMap::new();
+    let mut let_go: BTreeSet<(u64, u64)> = BTreeSet::new();
     let mut hashes: BTreeMap<(u64, u64), BTreeMap<&str, u64>> = BTreeMap::new();
     let (mut samples, mut compared) = (0u64, 0u64);
     for sample in history.samples() {
@@ -34,7 +35,14 @@ pub fn check(history: &History) -> Verdict {
         if !ordered.is_sorted() {
             verdict.violation("disorder", format!("group {group} at node {node}: {sample:?}"));
         }
-        if let Some(before) = latest.insert((node, group), sample) {
+        if sample.is_leader {
+            let known = latest.keys().filter(|(_, of)| *of == group);
+            let_go.extend(known.filter(|(node, _)| !sample.members.contains(node)));
+        }
+        // Who was let go by a leader's word and comes back without a vote begins anew, and is filled by
+        // the others. A voter that has forgotten everything looks the same, but nobody has let it go.
+        let is_new = sample.is_learner && let_go.remove(&(node, group));
+        if let Some(before) = latest.insert((node, group), sample).filter(|_| !is_new) {
             if before.run == sample.run && sample.applied < before.applied {
                 verdict.violation(
                     "went_back",
@@ -105,7 +113,19 @@ mod tests {
         assert_eq!(check(&history(vec![sample(1, 1, 5), sample(1, 1, 4)])).figures["went_back"], 1.0);
         let durable = Sample { checkpoint: 5, ..sample(1, 1, 5) };
         let forgetful = Sample { run: 2, ..sample(1, 1, 3) };
-        assert_eq!(check(&history(vec![durable, forgetful])).figures["amnesia"], 1.0);
+        assert_eq!(check(&history(vec![durable.clone(), forgetful.clone()])).figures["amnesia"], 1.0);
+        let new = Sample { is_learner: true, ..forgetful.clone() };
+        assert_eq!(
+            check(&history(vec![durable.clone(), new.clone()])).figures["amnesia"],
+            1.0,
+            "nobody let it go"
+        );
+        let lets_go = Sample { is_leader: true, members: vec![2, 3], ..sample(2, 1, 5) };
+        let left = check(&history(vec![durable.clone(), lets_go.clone(), new.clone()]));
+        assert_eq!(left.judgement, Judgement::Valid);
+        let behind = Sample { is_learner: false, applied: 2, ..new.clone() };
+        let story = vec![durable.clone(), lets_go, new, behind];
+        assert_eq!(check(&history(story)).figures["went_back"], 1.0);
         let purged = Sample { purged: 9, ..sample(1, 1, 5) };
         assert_eq!(check(&history(vec![purged])).figures["disorder"], 1.0);
         let hashed = |node, hash: &str| Sample { hash: Some((5, hash.into())), ..sample(node, 1, 5) };

@@ -28,6 +28,8 @@ use net::{CLIENTS, between, bridge, ring};
 const EXIT_FSYNC: i32 = 74;
 /// How long it may take to do so.
 const EXIT_DEADLINE: Duration = Duration::from_secs(20);
+/// How long a node may take to hand everything over.
+const DRAIN_DEADLINE: Duration = Duration::from_secs(90);
 /// How long a polite stop may take.
 const STOP_DEADLINE: Duration = Duration::from_secs(30);
 /// Frames take up to 100 ms.
@@ -99,6 +101,14 @@ pub enum Fault {
     BitFlip,
     /// Ten times as many clients as before, each as fast as it can.
     Overload,
+    /// One node hands everything over and stops.
+    DrainOne,
+    /// One node dies with its disk and comes back empty under its old name.
+    WipeOne,
+    /// The last two nodes hand everything over and stop, the last one first, as a StatefulSet gets smaller.
+    ScaleIn,
+    /// The same, and their disks go with them.
+    ScaleInWiped,
     /// One node dies at a step of the durability order, each time at the next one of all.
     CrashPoint,
 }
@@ -153,7 +163,8 @@ impl Fault {
     pub fn need(self) -> Need {
         use Fault::*;
         match self {
-            KillLeader | KillMinority | KillAll | PauseLeader | RollingRestart | BitFlip => Need::Nothing,
+            KillLeader | KillMinority | KillAll | PauseLeader | RollingRestart | BitFlip | DrainOne
+            | WipeOne | ScaleIn | ScaleInWiped => Need::Nothing,
             LeaderInMinority | LeaderInMajority | IsolateFollower | LeaderIsDeaf | LeaderIsMute | Bridge
             | MajorityRing | AnswersLost | PacketLoss => Need::Net,
             SlowCables | BadCables => Need::Cables,
@@ -182,13 +193,18 @@ impl Fault {
                 | TornWrites
                 | SyncFails
                 | BitFlip
+                | DrainOne
+                | WipeOne
+                | ScaleIn
+                | ScaleInWiped
                 | CrashPoint
         )
     }
 
     /// Whether it may cost a replica, so that everything must be whole before the next one.
     pub fn takes_a_replica(self) -> bool {
-        matches!(self, Fault::BitFlip | Fault::CrashPoint)
+        use Fault::*;
+        matches!(self, BitFlip | DrainOne | WipeOne | ScaleIn | ScaleInWiped | CrashPoint)
     }
 
     /// The disks that it needs.
@@ -317,6 +333,19 @@ impl Fault {
                 let crowd = cluster.crowd.as_mut().context("there are no clients")?;
                 format!("{} clients more", crowd.start())
             }
+            Fault::DrainOne => {
+                let node = coin.random_range(0..count);
+                return drain(cluster, &[node], false).await;
+            }
+            Fault::WipeOne => {
+                let node = coin.random_range(0..count);
+                kill(cluster, &[node])?;
+                wipe(cluster, node)?;
+                names(&[node])
+            }
+            Fault::ScaleIn | Fault::ScaleInWiped => {
+                return drain(cluster, &[count - 1, count - 2], self == Fault::ScaleInWiped).await;
+            }
             Fault::CrashPoint => {
                 let node = coin.random_range(0..count);
                 crash::at_next_point(cluster, node).await?
@@ -431,6 +460,29 @@ async fn sync_fails(cluster: &mut Cluster) -> Result<Injected> {
         }),
     };
     Ok(Injected { detail: names(&[leader]), wrong })
+}
+
+/// Lets nodes hand everything over and stop, one after the other; perhaps their disks go with them.
+async fn drain(cluster: &mut Cluster, nodes: &[usize], are_wiped: bool) -> Result<Injected> {
+    let mut wrong = None;
+    for at in nodes {
+        let code = cluster.members[*at].node.terminate(DRAIN_DEADLINE).await;
+        let log = cluster.members[*at].node.log_tail(50);
+        if !matches!(code, Ok(Some(0))) || log.contains("before it is drained") {
+            wrong =
+                Some(Wrong { name: "not_drained", detail: format!("n{} after SIGTERM: {code:?}", at + 1) });
+        }
+        if are_wiped {
+            wipe(cluster, *at)?;
+        }
+    }
+    Ok(Injected { detail: names(nodes), wrong })
+}
+
+/// Deletes all that a node which does not run has stored.
+fn wipe(cluster: &Cluster, at: usize) -> Result<()> {
+    let data = cluster.members[at].node.data_dir();
+    std::fs::remove_dir_all(&data).with_context(|| format!("wipe {}", data.display()))
 }
 
 async fn rolling_restart(cluster: &mut Cluster) -> Result<Injected> {
