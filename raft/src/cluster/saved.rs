@@ -8,7 +8,7 @@ use shoal_proto::codec::{self, CodecError};
 
 use super::ClusterState;
 
-/// The format that [`write`] writes. Before it there was no number: those bytes begin with the
+/// The format that [`write()`] writes. Before it there was no number: those bytes begin with the
 /// codec's own, which was 1.
 const FORMAT: u8 = 2;
 
@@ -17,7 +17,7 @@ pub fn write(tag: &Option<Vec<u8>>, state: &ClusterState) -> Vec<u8> {
     [&[FORMAT][..], &codec::encode(&(tag, state))].concat()
 }
 
-/// Reads what [`write`] wrote, now or in an earlier version.
+/// Reads what [`write()`] wrote, now or in an earlier version.
 ///
 /// # Errors
 /// When the bytes are of a later version, or damaged.
