@@ -34,6 +34,9 @@ pub use report::{GroupReport, NodeReport};
 
 /// How often placement looks.
 const TICK: Duration = Duration::from_millis(500);
+/// How often it looks when nothing is to be done and the cluster's state has not changed: everybody's
+/// report of every group is work for everybody.
+const CALM_TICK: Duration = Duration::from_secs(2);
 /// How long one step may take to be ordered.
 const STEP_TIMEOUT: Duration = Duration::from_secs(5);
 /// The most voters of the control group.
@@ -68,6 +71,16 @@ struct Office {
     calm_since: Instant,
     /// What was said of the plan last, so that it is said once.
     said: BTreeSet<String>,
+    /// What the last look came to.
+    last: Option<Look>,
+}
+
+struct Look {
+    at: Instant,
+    /// The version of the state that it was of.
+    version: u64,
+    /// Whether something was under way or still to be done.
+    is_busy: bool,
 }
 
 impl Actor for Placement {
@@ -109,6 +122,12 @@ impl PlacementState {
             self.cluster.set_plan(None);
             return;
         }
+        let last = self.office.as_ref().and_then(|office| office.last.as_ref());
+        let version = self.cluster.state().version;
+        if last.is_some_and(|last| !last.is_busy && last.version == version && last.at.elapsed() < CALM_TICK)
+        {
+            return;
+        }
         let reports = self.cluster.reports().await;
         let state = self.cluster.state();
         let load = self.observe(&state, &reports);
@@ -117,11 +136,16 @@ impl PlacementState {
         let lost: BTreeSet<NodeId> = lost.map(|(node, _)| *node).collect();
         let silent: BTreeSet<NodeId> = load.silent.keys().copied().collect();
         let voters = control_voters(&state, &control.status().voters, &lost, &silent);
-        if let Err(error) = control.steer_members(&members, &voters, |_| true).await {
+        let steered = control.steer_members(&members, &voters, |_| true).await;
+        if let Err(error) = &steered {
             tracing::debug!(%error, "the control group's membership will be led on later");
         }
         let plan = plan::plan(&state, &load, &self.limits);
         self.say(&plan);
+        if let Some(office) = &mut self.office {
+            let is_busy = !matches!(steered, Ok(true)) || !plan.steps.is_empty() || !plan.moving.is_empty();
+            office.last = Some(Look { at: Instant::now(), version: state.version, is_busy });
+        }
         let plan = Arc::new(plan);
         self.cluster.set_plan(Some(plan.clone()));
         if plan.is_paused {
@@ -140,6 +164,7 @@ impl PlacementState {
             heard: BTreeMap::new(),
             calm_since: now,
             said: BTreeSet::new(),
+            last: None,
         });
         office.heard.extend(reports.keys().map(|node| (*node, now)));
         let silent: BTreeMap<NodeId, Duration> = state
