@@ -41,7 +41,8 @@ pub fn check(history: &History) -> Verdict {
         }
         // Who was let go by a leader's word and comes back without a vote begins anew, and is filled by
         // the others. A voter that has forgotten everything looks the same, but nobody has let it go.
-        let is_new = sample.is_learner && let_go.remove(&(node, group));
+        let has_less = latest.get(&(node, group)).is_some_and(|before| sample.applied < before.applied);
+        let is_new = sample.is_learner && has_less && let_go.remove(&(node, group));
         if let Some(before) = latest.insert((node, group), sample).filter(|_| !is_new) {
             if before.run == sample.run && sample.applied < before.applied {
                 verdict.violation(
