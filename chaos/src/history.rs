@@ -286,9 +286,6 @@ pub struct Sample {
     pub group: u64,
     /// Whether it leads.
     pub is_leader: bool,
-    /// Whether it has no vote.
-    #[serde(default)]
-    pub is_learner: bool,
     /// Of a leader: who is in the group.
     #[serde(default)]
     pub members: Vec<u64>,

@@ -290,7 +290,6 @@ fn monitor(cluster: &Cluster, recorder: &Arc<Recorder>) -> JoinHandle<()> {
                         run,
                         group: group.group,
                         is_leader: group.is_leader(),
-                        is_learner: group.role == "learner",
                         members: match group.is_leader() {
                             true => group.voters.union(&group.learners).copied().collect(),
                             false => Vec::new(),

@@ -16,7 +16,8 @@ pub fn check(history: &History) -> Verdict {
     let mut verdict = Verdict::new("raft");
     let mut leaders: BTreeMap<(u64, u64), u64> = BTreeMap::new();
     let mut latest: BTreeMap<(u64, u64), &Sample> = BTreeMap::new();
-    let mut let_go: BTreeSet<(u64, u64)> = BTreeSet::new();
+    // By a leader's word no member any more; whether it has been taken back since.
+    let mut let_go: BTreeMap<(u64, u64), bool> = BTreeMap::new();
     let mut hashes: BTreeMap<(u64, u64), BTreeMap<&str, u64>> = BTreeMap::new();
     let (mut samples, mut compared) = (0u64, 0u64);
     for sample in history.samples() {
@@ -35,15 +36,25 @@ pub fn check(history: &History) -> Verdict {
         if !ordered.is_sorted() {
             verdict.violation("disorder", format!("group {group} at node {node}: {sample:?}"));
         }
-        if sample.is_leader {
-            let known = latest.keys().filter(|(_, of)| *of == group);
-            let_go.extend(known.filter(|(node, _)| !sample.members.contains(node)));
+        // Only leaders say who is in the group, and older histories say nothing.
+        if !sample.members.is_empty() {
+            for key in latest.keys().filter(|(_, of)| *of == group) {
+                match sample.members.contains(&key.0) {
+                    false => drop(let_go.insert(*key, false)),
+                    true => drop(let_go.get_mut(key).map(|is_back| *is_back = true)),
+                }
+            }
         }
-        // Who was let go by a leader's word and comes back without a vote begins anew, and is filled by
-        // the others. A voter that has forgotten everything looks the same, but nobody has let it go.
-        let has_less = latest.get(&(node, group)).is_some_and(|before| sample.applied < before.applied);
-        let is_new = sample.is_learner && has_less && let_go.remove(&(node, group));
-        if let Some(before) = latest.insert((node, group), sample).filter(|_| !is_new) {
+        // Who was let go by a leader's word and comes back begins anew, once, and is filled by the others.
+        // Its role says nothing: while it goes through the log it is what it was then. A voter that has
+        // forgotten everything looks the same, but nobody has let it go.
+        let key = (node, group);
+        let has_less = latest.get(&key).is_some_and(|before| sample.applied < before.applied);
+        let is_new = has_less && let_go.contains_key(&key);
+        if is_new || let_go.get(&key) == Some(&true) {
+            let_go.remove(&key);
+        }
+        if let Some(before) = latest.insert(key, sample).filter(|_| !is_new) {
             if before.run == sample.run && sample.applied < before.applied {
                 verdict.violation(
                     "went_back",
@@ -115,7 +126,7 @@ mod tests {
         let durable = Sample { checkpoint: 5, ..sample(1, 1, 5) };
         let forgetful = Sample { run: 2, ..sample(1, 1, 3) };
         assert_eq!(check(&history(vec![durable.clone(), forgetful.clone()])).figures["amnesia"], 1.0);
-        let new = Sample { is_learner: true, ..forgetful.clone() };
+        let new = forgetful.clone();
         assert_eq!(
             check(&history(vec![durable.clone(), new.clone()])).figures["amnesia"],
             1.0,
@@ -124,9 +135,12 @@ mod tests {
         let lets_go = Sample { is_leader: true, members: vec![2, 3], ..sample(2, 1, 5) };
         let left = check(&history(vec![durable.clone(), lets_go.clone(), new.clone()]));
         assert_eq!(left.judgement, Judgement::Valid);
-        let behind = Sample { is_learner: false, applied: 2, ..new.clone() };
-        let story = vec![durable.clone(), lets_go, new, behind];
+        let behind = Sample { applied: 2, ..new.clone() };
+        let story = vec![durable.clone(), lets_go.clone(), new.clone(), behind];
         assert_eq!(check(&history(story)).figures["went_back"], 1.0);
+        let takes_back = Sample { members: vec![1, 2, 3], ..lets_go.clone() };
+        let story = vec![durable.clone(), lets_go, takes_back, durable.clone(), new];
+        assert_eq!(check(&history(story)).figures["amnesia"], 1.0, "it was back already");
         let purged = Sample { purged: 9, ..sample(1, 1, 5) };
         assert_eq!(check(&history(vec![purged])).figures["disorder"], 1.0);
         let hashed = |node, hash: &str| Sample { hash: Some((5, hash.into())), ..sample(node, 1, 5) };
