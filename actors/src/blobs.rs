@@ -284,7 +284,9 @@ impl Replicated {
                 return Ok(());
             }
             let bytes = fetch(cluster, store, self.shard, self.hash).await.map_err(unknown)?;
-            keep(store, self.shard, self.hash, &bytes).await;
+            if !store.contains(self.shard, self.hash) {
+                keep(store, self.shard, self.hash, &bytes).await;
+            }
             spread(cluster, store, self.shard, self.hash, &replicas).await.map_err(unknown)?;
             self.replicas = replicas;
         }

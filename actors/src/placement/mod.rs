@@ -25,12 +25,11 @@ use ractor_cluster::RactorMessage;
 use shoal_proto::{GroupId, NodeId};
 use shoal_raft::cluster::{ClusterState, Command, Drain};
 
-use crate::call::{Call, Reply};
 use crate::cluster::Cluster;
 pub use operate::{Leaving, find_node};
 use plan::Load;
 pub use plan::{Moving, PlacementLimits, Plan, Planned, Step};
-pub use report::{GroupReport, NodeReport};
+pub use report::{GroupReport, NodeReport, led};
 
 /// How often placement looks.
 const TICK: Duration = Duration::from_millis(500);
@@ -167,24 +166,20 @@ impl PlacementState {
             last: None,
         });
         office.heard.extend(reports.keys().map(|node| (*node, now)));
-        let silent: BTreeMap<NodeId, Duration> = state
-            .nodes
-            .keys()
-            .filter(|node| !reports.contains_key(node))
-            // Whoever was silent before this node came to lead is not known to have been.
-            .map(|node| (*node, now.duration_since(office.heard.get(node).copied().unwrap_or(office.since))))
-            .collect();
-        let shards = report::seen(reports);
+        // Whoever was silent before this node came to lead is not known to have been.
+        let silent_for = |node| now.duration_since(office.heard.get(&node).copied().unwrap_or(office.since));
+        let load = report::load(state, reports, silent_for);
         let holds_something =
             |node: &NodeId| state.shards.values().any(|shard| shard.replicas.contains(node));
-        let is_calm = !silent.keys().any(holds_something)
-            && state.shards.iter().all(|(id, shard)| {
-                shards.get(id).is_some_and(|seen| seen.voters == shard.replicas && seen.learners.is_empty())
-            });
+        let is_calm = !load.silent.keys().any(holds_something)
+            && state
+                .shards
+                .iter()
+                .all(|(id, shard)| load.shards.get(id).is_some_and(|seen| seen.is_settled(&shard.replicas)));
         if !is_calm {
             office.calm_since = now;
         }
-        Load { silent, shards, calm_for: now.duration_since(office.calm_since) }
+        Load { calm_for: now.duration_since(office.calm_since), ..load }
     }
 
     /// Tells what cannot be done now, once.
@@ -204,13 +199,7 @@ impl PlacementState {
                     Command::SetReplicas { shard: *shard, expected: from.clone(), replicas: to.clone() };
                 self.cluster.control(command, Instant::now() + STEP_TIMEOUT).await.map(drop)
             }
-            Step::MoveLeader { shard, from, to } => {
-                let call = Call::TransferLeader { group: (*shard).into(), to: *to };
-                match self.cluster.call(*from, call, STEP_TIMEOUT).await {
-                    Reply::Failed(error) => Err(error),
-                    _ => Ok(()),
-                }
-            }
+            Step::MoveLeader { shard, from, to } => self.cluster.ask_to_hand_over(*shard, *from, *to).await,
         };
         if let Some(office) = &mut self.office {
             office.calm_since = Instant::now();

@@ -3,14 +3,14 @@
 //! Every order is a command in the control group's log, checked against what the nodes report; the
 //! control group checks again what it can check.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use shoal_proto::{Error, ErrorCode, GroupId, NodeId, ShardId};
 use shoal_raft::cluster::{ClusterState, Command, Drain, Response};
 
-use super::plan::{Plan, keeps_from_leaving, needs};
-use super::report;
+use super::plan::{Load, Plan, keeps_from_leaving, needs};
+use super::report::{self, NodeReport};
 use crate::call::{Call, Reply};
 use crate::cluster::Cluster;
 
@@ -74,24 +74,7 @@ impl Cluster {
     /// Unavailable when the control group does not answer in time.
     pub async fn leaving(&self, node: NodeId, deadline: Instant) -> Result<Leaving, Error> {
         let state = self.fresh_state(deadline).await?;
-        let reports = self.reports().await;
-        let mut reasons = keeps_from_leaving(&state, &report::load(self, &reports), node);
-        let control = reports
-            .values()
-            .flat_map(|report| report.groups.iter())
-            .filter(|group| group.group == GroupId::CONTROL && group.is_leader)
-            .max_by_key(|group| group.term);
-        if state.is_placement_paused && !reasons.is_empty() {
-            reasons.push("placement is paused".to_owned());
-        }
-        match control {
-            None => reasons.push("the control group has no leader".to_owned()),
-            Some(group) if group.voters.contains(&node) => {
-                reasons.push("it still votes in the control group".to_owned());
-            }
-            Some(_) => {}
-        }
-        Ok(Leaving { reasons })
+        Ok(leaving(&state, &self.reports().await, node))
     }
 
     /// Waits until a node that is drained can leave.
@@ -128,13 +111,11 @@ impl Cluster {
         };
         if !force {
             let reports = self.reports().await;
-            if reports.contains_key(&node) {
-                let leaving = self.leaving(node, deadline).await?;
-                if known.drain == Drain::No || !leaving.is_done() {
-                    return conflict(format!("node {node} lives and is not drained: drain it first"));
-                }
+            let is_drained = || known.drain != Drain::No && leaving(&state, &reports, node).is_done();
+            if reports.contains_key(&node) && !is_drained() {
+                return conflict(format!("node {node} lives and is not drained: drain it first"));
             }
-            let load = report::load(self, &reports);
+            let load = now(&state, &reports);
             if let Some(shard) = needs(&state, &load, node) {
                 return conflict(format!(
                     "shard {shard} cannot do without node {node}: start it, or use force"
@@ -189,18 +170,30 @@ impl Cluster {
         if !self.state().shards.contains_key(&shard) {
             return Err(no_shard(shard));
         }
-        let seen = report::seen(&self.reports().await);
-        let seen =
-            seen.get(&shard).ok_or_else(|| Error::unavailable(format!("shard {shard} has no leader now")))?;
-        if !seen.voters.contains(&to) {
+        let reports = self.reports().await;
+        let led = report::led(&reports);
+        let (leader, group) = led
+            .get(&shard.into())
+            .ok_or_else(|| Error::unavailable(format!("shard {shard} has no leader now")))?;
+        if !group.voters.contains(&to) {
             let reason = format!("node {to} has no vote in shard {shard}");
             return Err(Error::new(ErrorCode::Conflict, reason));
         }
-        if seen.leader == to {
+        if *leader == to {
             return Ok(());
         }
+        self.ask_to_hand_over(shard, *leader, to).await
+    }
+
+    /// Asks a shard's leader to let another node lead.
+    pub(super) async fn ask_to_hand_over(
+        &self,
+        shard: ShardId,
+        leader: NodeId,
+        to: NodeId,
+    ) -> Result<(), Error> {
         let call = Call::TransferLeader { group: shard.into(), to };
-        match self.call(seen.leader, call, ORDER_TIMEOUT).await {
+        match self.call(leader, call, ORDER_TIMEOUT).await {
             Reply::Failed(error) => Err(error),
             _ => Ok(()),
         }
@@ -215,6 +208,27 @@ impl Cluster {
         let command = Command::SetReplicationFactor { name, replication_factor: factor };
         self.control(command, deadline).await.map(drop)
     }
+}
+
+/// What the planner sees when nobody's silence is old.
+fn now(state: &ClusterState, reports: &BTreeMap<NodeId, NodeReport>) -> Load {
+    report::load(state, reports, |_| Duration::ZERO)
+}
+
+/// What a node still waits for, by what was reported.
+fn leaving(state: &ClusterState, reports: &BTreeMap<NodeId, NodeReport>, node: NodeId) -> Leaving {
+    let mut reasons = keeps_from_leaving(state, &now(state, reports), node);
+    if state.is_placement_paused && !reasons.is_empty() {
+        reasons.push("placement is paused".to_owned());
+    }
+    match report::led(reports).get(&GroupId::CONTROL) {
+        None => reasons.push("the control group has no leader".to_owned()),
+        Some((_, group)) if group.voters.contains(&node) => {
+            reasons.push("it still votes in the control group".to_owned());
+        }
+        Some(_) => {}
+    }
+    Leaving { reasons }
 }
 
 fn no_shard(shard: ShardId) -> Error {

@@ -69,6 +69,11 @@ impl Seen {
     fn members(&self) -> BTreeSet<NodeId> {
         self.voters.union(&self.learners).copied().collect()
     }
+
+    /// Whether these vote, all of them and nobody else, and no change is under way.
+    pub(crate) fn is_settled(&self, replicas: &BTreeSet<NodeId>) -> bool {
+        !self.is_joint && self.learners.is_empty() && self.voters == *replicas
+    }
 }
 
 /// One thing to do.
@@ -145,6 +150,10 @@ fn list(nodes: &BTreeSet<NodeId>) -> String {
     format!("[{}]", nodes.join(", "))
 }
 
+fn without(nodes: &BTreeSet<NodeId>, gone: NodeId) -> BTreeSet<NodeId> {
+    nodes.iter().copied().filter(|node| *node != gone).collect()
+}
+
 /// Plans what comes next.
 pub(crate) fn plan(state: &ClusterState, load: &Load, limits: &PlacementLimits) -> Plan {
     let mut planner = Planner {
@@ -199,7 +208,7 @@ pub(crate) fn needs(state: &ClusterState, load: &Load, node: NodeId) -> Option<S
         let answering = |nodes: &BTreeSet<NodeId>| {
             nodes.iter().filter(|other| **other != node && !load.silent.contains_key(other)).count()
         };
-        let rest: BTreeSet<NodeId> = replicas.iter().copied().filter(|other| *other != node).collect();
+        let rest = without(replicas, node);
         !seen.members().contains(&node)
             || (seen.leader != node
                 && 2 * answering(&seen.voters) > seen.voters.len()
@@ -244,11 +253,14 @@ impl Planner<'_> {
 
     /// How many replicas a shard can have: what it wants, or as many as there are nodes to hold them.
     fn goal(&self, id: ShardId) -> usize {
-        let collection = &self.state.shards[&id].collection;
-        let wanted =
-            self.state.collections.get(collection).map_or(1, |collection| collection.replication_factor);
         let nodes = self.state.nodes.keys().filter(|node| !self.is_lost(**node) && !self.is_drained(**node));
-        (wanted as usize).min(nodes.count())
+        self.factor(id).min(nodes.count())
+    }
+
+    /// How many replicas a shard wants.
+    fn factor(&self, id: ShardId) -> usize {
+        let collection = self.state.collections.get(&self.state.shards[&id].collection);
+        collection.map_or(1, |collection| collection.replication_factor as usize)
     }
 
     fn zone(&self, node: NodeId) -> &str {
@@ -280,8 +292,7 @@ impl Planner<'_> {
     /// The best node for a replica in another one's place.
     fn pick_instead(&self, id: ShardId, old: NodeId) -> Option<NodeId> {
         let replicas = &self.wanted[&id];
-        let rest: BTreeSet<NodeId> = replicas.iter().copied().filter(|node| *node != old).collect();
-        self.pick_beside(&rest, replicas)
+        self.pick_beside(&without(replicas, old), replicas)
     }
 
     /// Which shards can be changed, and who is busy with the changes under way.
@@ -291,7 +302,7 @@ impl Planner<'_> {
                 self.plan.waiting.push(format!("shard {id} has no leader that answers"));
                 continue;
             };
-            if !seen.is_joint && seen.learners.is_empty() && seen.voters == shard.replicas {
+            if seen.is_settled(&shard.replicas) {
                 self.is_free.insert(*id);
                 continue;
             }
@@ -323,8 +334,7 @@ impl Planner<'_> {
     }
 
     fn replace(&mut self, id: ShardId, old: NodeId, new: NodeId, reason: String) -> bool {
-        let mut to = self.wanted[&id].clone();
-        to.remove(&old);
+        let mut to = without(&self.wanted[&id], old);
         to.insert(new);
         self.place(id, to, reason)
     }
@@ -342,8 +352,7 @@ impl Planner<'_> {
         match self.pick_instead(id, lost) {
             Some(new) => drop(self.replace(id, lost, new, reason)),
             None if !self.is_free.contains(&id) && self.wanted[&id].len() > 1 => {
-                let rest = self.wanted[&id].iter().copied().filter(|node| *node != lost).collect();
-                self.place(id, rest, reason);
+                self.place(id, without(&self.wanted[&id], lost), reason);
             }
             None => self.plan.waiting.push(format!("shard {id}: {reason}, and no other node is left")),
         }
@@ -400,19 +409,15 @@ impl Planner<'_> {
     }
 
     fn shrink(&mut self, id: ShardId) {
-        let replicas = &self.wanted[&id];
-        let collection = &self.state.shards[&id].collection;
-        let wanted =
-            self.state.collections.get(collection).map_or(1, |collection| collection.replication_factor);
-        if !self.is_free.contains(&id) || replicas.len() <= wanted as usize {
+        let (replicas, wanted) = (&self.wanted[&id], self.factor(id));
+        if !self.is_free.contains(&id) || replicas.len() <= wanted {
             return;
         }
         let leader = self.load.shards.get(&id).map(|seen| seen.leader);
         let worst = replicas.iter().copied().max_by_key(|node| {
-            let without: BTreeSet<NodeId> = replicas.iter().copied().filter(|other| other != node).collect();
             (
                 !self.answers(*node),
-                self.zones(&without),
+                self.zones(&without(replicas, *node)),
                 Some(*node) != leader,
                 self.replicas_on(*node),
                 *node,
@@ -425,8 +430,7 @@ impl Planner<'_> {
 
     /// Takes a replica away without another one in its place, if the others can do without it.
     fn take_away(&mut self, id: ShardId, node: NodeId, reason: String) {
-        let rest: BTreeSet<NodeId> =
-            self.wanted[&id].iter().copied().filter(|other| *other != node).collect();
+        let rest = without(&self.wanted[&id], node);
         let answering = rest.iter().filter(|node| self.answers(**node)).count();
         if 2 * answering <= rest.len() {
             self.plan.waiting.push(format!("shard {id}: {reason}, and too few of the other replicas answer"));
@@ -449,9 +453,8 @@ impl Planner<'_> {
         }
         let Some(new) = self.pick(replicas) else { return };
         let leader = self.load.shards.get(&id).map(|seen| seen.leader);
-        let with = |old: NodeId| -> BTreeSet<NodeId> {
-            replicas.iter().copied().filter(|node| *node != old).chain([new]).collect()
-        };
+        let with =
+            |old: NodeId| -> BTreeSet<NodeId> { without(replicas, old).into_iter().chain([new]).collect() };
         let old = replicas
             .iter()
             .copied()
@@ -486,11 +489,10 @@ impl Planner<'_> {
             .collect();
         nodes.sort_unstable();
         for (more, from) in nodes.iter().rev() {
-            for (less, to) in nodes.iter().take_while(|(less, _)| less + 2 <= *more) {
+            for (_, to) in nodes.iter().take_while(|(less, _)| less + 2 <= *more) {
                 let found = self.is_free.iter().copied().find(|id| {
                     let replicas = &self.wanted[id];
-                    let mut after = replicas.clone();
-                    after.remove(from);
+                    let mut after = without(replicas, *from);
                     after.insert(*to);
                     self.is_whole(*id)
                         && replicas.contains(from)
@@ -500,7 +502,6 @@ impl Planner<'_> {
                 if let Some(id) = found {
                     return Some((id, *from, *to));
                 }
-                debug_assert!(less < more, "the list is in order");
             }
         }
         None

@@ -6,6 +6,7 @@ use std::time::Duration;
 use futures::future::join_all;
 use serde::{Deserialize, Serialize};
 use shoal_proto::{GroupId, NodeId, ShardId};
+use shoal_raft::cluster::ClusterState;
 
 use super::plan::{Load, Seen};
 use crate::call::{Call, Reply};
@@ -96,31 +97,34 @@ impl Cluster {
     }
 }
 
-/// The groups of the shards by the word of their leaders: of two that think so, the one with the
-/// higher term is.
-pub(crate) fn seen(reports: &BTreeMap<NodeId, NodeReport>) -> BTreeMap<ShardId, Seen> {
-    let mut leaders: BTreeMap<ShardId, (u64, Seen)> = BTreeMap::new();
-    for (node, report) in reports {
-        for group in report.groups.iter().filter(|group| group.is_leader && group.group != GroupId::CONTROL) {
-            let known = leaders.get(&ShardId(group.group.0)).map(|(term, _)| *term);
-            if known.is_none_or(|known| known < group.term) {
-                let seen = Seen {
-                    leader: *node,
-                    voters: group.voters.clone(),
-                    learners: group.learners.clone(),
-                    is_joint: group.is_joint,
-                };
-                leaders.insert(ShardId(group.group.0), (group.term, seen));
+/// The groups by the words of their leaders, with who that is: of two that think so, the one with the
+/// higher term.
+pub fn led(reports: &BTreeMap<NodeId, NodeReport>) -> BTreeMap<GroupId, (NodeId, &GroupReport)> {
+    let mut led: BTreeMap<GroupId, (NodeId, &GroupReport)> = BTreeMap::new();
+    for report in reports.values() {
+        for group in report.groups.iter().filter(|group| group.is_leader) {
+            if led.get(&group.group).is_none_or(|(_, known)| known.term < group.term) {
+                led.insert(group.group, (report.node, group));
             }
         }
     }
-    leaders.into_iter().map(|(shard, (_, seen))| (shard, seen)).collect()
+    led
 }
 
-/// What can be said without knowing for how long anybody was silent.
-pub(crate) fn load(cluster: &Cluster, reports: &BTreeMap<NodeId, NodeReport>) -> Load {
-    let state = cluster.state();
-    let silent =
-        state.nodes.keys().filter(|node| !reports.contains_key(node)).map(|node| (*node, Duration::ZERO));
-    Load { silent: silent.collect(), shards: seen(reports), calm_for: Duration::ZERO }
+/// What the planner sees in reports, when it is known for how long the others were silent.
+pub(crate) fn load(
+    state: &ClusterState,
+    reports: &BTreeMap<NodeId, NodeReport>,
+    silent_for: impl Fn(NodeId) -> Duration,
+) -> Load {
+    let silent = state.nodes.keys().filter(|node| !reports.contains_key(node));
+    let seen = |(id, (leader, group)): (GroupId, (NodeId, &GroupReport))| {
+        let (voters, learners) = (group.voters.clone(), group.learners.clone());
+        (ShardId(id.0), Seen { leader, voters, learners, is_joint: group.is_joint })
+    };
+    Load {
+        silent: silent.map(|node| (*node, silent_for(*node))).collect(),
+        shards: led(reports).into_iter().filter(|(id, _)| *id != GroupId::CONTROL).map(seen).collect(),
+        calm_for: Duration::ZERO,
+    }
 }

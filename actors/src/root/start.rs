@@ -307,8 +307,9 @@ fn note_addresses(
     }
 }
 
-/// Greets the known addresses for as long as the control group has no leader: when all nodes
-/// have come back under new addresses, greetings are the only way to find each other.
+/// Greets the known addresses: often while the control group has no leader, because when all nodes
+/// have come back under new addresses, greetings are the only way to find each other; and now and then
+/// otherwise.
 fn keep_learning(cluster: &Cluster, peers: &Peers, config: &NodeConfig, file: &NodeFile) {
     let (cluster, peers) = (cluster.clone(), peers.clone());
     let (discovery, file) = (config.discovery.clone(), file.clone());

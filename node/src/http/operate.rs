@@ -9,7 +9,7 @@ use axum::extract::{Path, Query, State};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use shoal_actors::Cluster;
-use shoal_actors::placement::{NodeReport, Plan, find_node};
+use shoal_actors::placement::{GroupReport, NodeReport, Plan, find_node, led};
 use shoal_proto::{GroupId, NodeId, ShardId};
 use shoal_raft::cluster::{ClusterState, Drain};
 use utoipa::{IntoParams, ToSchema};
@@ -46,15 +46,19 @@ async fn report(State(app): State<App>, context: Context) -> Result<Json<Value>,
     let cluster = &app.running()?.cluster;
     let state = cluster.fresh_state(context.deadline).await?;
     let reports = cluster.reports().await;
+    let led = led(&reports);
     let plan = cluster.plan().await.ok();
     let nodes: Vec<Value> = state.nodes.keys().map(|id| node_shape(&state, &reports, *id)).collect();
-    let shards: Vec<Value> = state.shards.keys().map(|id| shard_shape(&state, &reports, *id)).collect();
+    let shards: Vec<Value> = state.shards.keys().map(|id| shard_shape(&state, &led, *id)).collect();
     Ok(Json(json!({
         "cluster_id": state.cluster_id, "version": state.version, "nodes": nodes,
-        "control": group_shape(&reports, GroupId::CONTROL), "shards": shards,
+        "control": group_shape(&led, GroupId::CONTROL), "shards": shards,
         "placement": plan.map(|plan| plan_shape(&plan)),
     })))
 }
+
+/// Groups by the words of their leaders.
+type Led<'a> = BTreeMap<GroupId, (NodeId, &'a GroupReport)>;
 
 fn node_shape(state: &ClusterState, reports: &BTreeMap<NodeId, NodeReport>, id: NodeId) -> Value {
     let node = &state.nodes[&id];
@@ -78,24 +82,17 @@ pub(super) fn drain_name(drain: Drain) -> &'static str {
     }
 }
 
-fn shard_shape(state: &ClusterState, reports: &BTreeMap<NodeId, NodeReport>, id: ShardId) -> Value {
+fn shard_shape(state: &ClusterState, led: &Led, id: ShardId) -> Value {
     let shard = &state.shards[&id];
     json!({
         "id": id, "collection": shard.collection, "first": shard.first, "last": shard.last,
-        "replicas": shard.replicas, "group": group_shape(reports, id.into()),
+        "replicas": shard.replicas, "group": group_shape(led, id.into()),
     })
 }
 
 /// A group by the word of its leader; null when nobody who answers leads it.
-fn group_shape(reports: &BTreeMap<NodeId, NodeReport>, id: GroupId) -> Value {
-    let leaders = reports.values().flat_map(|report| {
-        report
-            .groups
-            .iter()
-            .filter(|group| group.group == id && group.is_leader)
-            .map(|group| (report.node, group))
-    });
-    match leaders.max_by_key(|(_, group)| group.term) {
+fn group_shape(led: &Led, id: GroupId) -> Value {
+    match led.get(&id) {
         None => Value::Null,
         Some((leader, group)) => json!({
             "leader": leader, "term": group.term, "applied": group.applied, "last_index": group.last_index,
@@ -143,8 +140,12 @@ async fn placement(State(app): State<App>) -> Result<Json<Value>, Problem> {
     responses(OperatorAnswers)
 )]
 async fn pause(State(app): State<App>, context: Context) -> Result<Json<Value>, Problem> {
-    app.running()?.cluster.pause_placement(true, context.deadline).await?;
-    Ok(Json(json!({"is_paused": true})))
+    set_paused(&app, true, &context).await
+}
+
+async fn set_paused(app: &App, is_paused: bool, context: &Context) -> Result<Json<Value>, Problem> {
+    app.running()?.cluster.pause_placement(is_paused, context.deadline).await?;
+    Ok(Json(json!({"is_paused": is_paused})))
 }
 
 /// Placement goes on.
@@ -157,11 +158,27 @@ async fn pause(State(app): State<App>, context: Context) -> Result<Json<Value>, 
     responses(OperatorAnswers)
 )]
 async fn resume(State(app): State<App>, context: Context) -> Result<Json<Value>, Problem> {
-    app.running()?.cluster.pause_placement(false, context.deadline).await?;
-    Ok(Json(json!({"is_paused": false})))
+    set_paused(&app, false, &context).await
 }
 
-async fn drain_shape(cluster: &Cluster, node: NodeId, context: &Context) -> Result<Json<Value>, Problem> {
+/// The node of a name or an id, among those that are members now.
+async fn member(cluster: &Cluster, name_or_id: &str, context: &Context) -> Result<NodeId, Problem> {
+    let state = cluster.fresh_state(context.deadline).await?;
+    Ok(find_node(&state, name_or_id)?)
+}
+
+/// Changes whether a node is drained, if that is wanted, and says how it stands.
+async fn drained(
+    app: &App,
+    name_or_id: &str,
+    change: Option<Drain>,
+    context: &Context,
+) -> Result<Json<Value>, Problem> {
+    let cluster = &app.running()?.cluster;
+    let node = member(cluster, name_or_id, context).await?;
+    if let Some(drain) = change {
+        cluster.set_drain(node, drain, context.deadline).await?;
+    }
     let leaving = cluster.leaving(node, context.deadline).await?;
     let drain = cluster.state().nodes.get(&node).map_or(Drain::No, |node| node.drain);
     let is_done = drain != Drain::No && leaving.is_done();
@@ -182,10 +199,7 @@ async fn drain(
     Path(node): Path<String>,
     context: Context,
 ) -> Result<Json<Value>, Problem> {
-    let cluster = &app.running()?.cluster;
-    let node = find_node(&*cluster.fresh_state(context.deadline).await?, &node)?;
-    cluster.set_drain(node, Drain::Yes, context.deadline).await?;
-    drain_shape(cluster, node, &context).await
+    drained(&app, &node, Some(Drain::Yes), &context).await
 }
 
 /// Whether a node is drained, and what is left to be done.
@@ -199,9 +213,7 @@ async fn drain_status(
     Path(node): Path<String>,
     context: Context,
 ) -> Result<Json<Value>, Problem> {
-    let cluster = &app.running()?.cluster;
-    let node = find_node(&*cluster.fresh_state(context.deadline).await?, &node)?;
-    drain_shape(cluster, node, &context).await
+    drained(&app, &node, None, &context).await
 }
 
 /// Uses a node again.
@@ -215,10 +227,7 @@ async fn undrain(
     Path(node): Path<String>,
     context: Context,
 ) -> Result<Json<Value>, Problem> {
-    let cluster = &app.running()?.cluster;
-    let node = find_node(&*cluster.fresh_state(context.deadline).await?, &node)?;
-    cluster.set_drain(node, Drain::No, context.deadline).await?;
-    drain_shape(cluster, node, &context).await
+    drained(&app, &node, Some(Drain::No), &context).await
 }
 
 #[derive(Deserialize, IntoParams)]
@@ -246,7 +255,7 @@ async fn remove(
     context: Context,
 ) -> Result<Json<Value>, Problem> {
     let cluster = &app.running()?.cluster;
-    let node = find_node(&*cluster.fresh_state(context.deadline).await?, &node)?;
+    let node = member(cluster, &node, &context).await?;
     cluster.remove_node(node, removal.force, context.deadline).await?;
     Ok(Json(json!({"removed": node})))
 }
@@ -303,7 +312,7 @@ async fn move_leader(
 ) -> Result<Json<Value>, Problem> {
     let request: MoveLeader = read_json(&body)?;
     let cluster = &app.running()?.cluster;
-    let to = find_node(&*cluster.fresh_state(context.deadline).await?, &request.to)?;
+    let to = member(cluster, &request.to, &context).await?;
     cluster.move_leader(ShardId(shard), to).await?;
     Ok(Json(json!({"shard": shard, "leader": to})))
 }

@@ -3,15 +3,14 @@
 //! A peer is a node. Shard ids are those of the whole cluster rather than of the collection, and changes
 //! are ordered through `/admin`.
 
-use std::collections::BTreeMap;
 use std::time::Instant;
 
 use axum::extract::{Path, State};
 use axum::response::Response;
 use serde_json::{Map, Value, json};
-use shoal_actors::placement::{NodeReport, Plan};
+use shoal_actors::placement::{Plan, led};
 use shoal_engine::command::{Answer, Read};
-use shoal_proto::{Error, GroupId, NodeId, Position, ShardId};
+use shoal_proto::{Error, GroupId, Position, ShardId};
 
 use super::shapes::envelope;
 use crate::app::App;
@@ -73,11 +72,17 @@ pub(super) async fn collection(
     let state = cluster.fresh_state(context.deadline).await?;
     let (_, collection) = state.collection(&name)?;
     let reports = cluster.reports().await;
+    let led = led(&reports);
     let plan = cluster.plan().await.unwrap_or_default();
     let (mut local, mut remote) = (Vec::new(), Vec::new());
     for id in &collection.shards {
         for node in &state.shards[id].replicas {
-            let state = replica_state(&reports, *id, *node);
+            // `Active` votes, `Partial` is being filled, `Dead` does not answer.
+            let state = match (reports.contains_key(node), led.get(&(*id).into())) {
+                (false, _) | (_, None) => "Dead",
+                (true, Some((_, group))) if group.voters.contains(node) => "Active",
+                (true, Some(_)) => "Partial",
+            };
             match cluster.local_shard(*id).filter(|_| *node == cluster.node()) {
                 None => remote.push(json!({"shard_id": id, "peer_id": node, "state": state})),
                 Some(here) => {
@@ -95,18 +100,6 @@ pub(super) async fn collection(
         "remote_shards": remote, "shard_transfers": transfers(&plan, &collection.shards),
     });
     Ok(envelope(result, started, &Position::default()))
-}
-
-/// `Active` votes, `Partial` is being filled, `Dead` does not answer.
-fn replica_state(reports: &BTreeMap<NodeId, NodeReport>, shard: ShardId, node: NodeId) -> &'static str {
-    let group = GroupId::from(shard);
-    let leaders = reports.values().flat_map(|report| &report.groups);
-    let leader = leaders.filter(|seen| seen.group == group && seen.is_leader).max_by_key(|seen| seen.term);
-    match (reports.contains_key(&node), leader) {
-        (false, _) | (_, None) => "Dead",
-        (true, Some(seen)) if seen.voters.contains(&node) => "Active",
-        (true, Some(_)) => "Partial",
-    }
 }
 
 fn transfers(plan: &Plan, shards: &[ShardId]) -> Vec<Value> {
