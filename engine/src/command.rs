@@ -147,6 +147,11 @@ pub enum Command {
     },
     /// Deletes a document with its chunks.
     DeleteDocument(DocumentId),
+    /// Puts a document's record back as a backup has it; its chunks are put back as points. One that
+    /// was in progress begins anew.
+    RestoreDocument(Box<Document>),
+    /// Puts a file's record back, unless there is one.
+    RestoreFile(FileRecord),
 }
 
 /// A file of the built-in files collection: a name for a blob.

@@ -95,11 +95,31 @@ impl State {
                 change.effects.push(crate::state::Effect::Document { id, is_in_progress: false });
                 Ok(Outcome::Document(Box::new(document)))
             }
+            Command::RestoreFile(file) => match self.file(file.id)? {
+                Some(_) => Ok(Outcome::Done(0)),
+                None => {
+                    change.batch.put(keys::file(file.id), codec::encode(&file));
+                    Ok(Outcome::Done(1))
+                }
+            },
+            Command::RestoreDocument(document) => self.restore(change, *document),
             points => {
                 let message = format!("not a command about documents: {:?}", std::mem::discriminant(&points));
                 Ok(Outcome::Rejected(Error::internal(message)))
             }
         }
+    }
+
+    fn restore(&mut self, change: &mut Change<'_>, mut document: Document) -> Result<Outcome> {
+        self.drop_staged(change, document.id)?;
+        document.staged_chunks = 0;
+        if document.state == DocumentState::InProgress {
+            document.version = change.index;
+            document.stage = Stage::Queued;
+            document.attempts = 0;
+        }
+        change.put_document(&document);
+        Ok(Outcome::Document(Box::new(document)))
     }
 
     fn accept(&mut self, change: &mut Change<'_>, mut fresh: Document) -> Result<Outcome> {

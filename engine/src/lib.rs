@@ -25,14 +25,17 @@
 //! | [`text`] | tantivy, jieba and the scan of the tail |
 //! | [`payload`] | payload indexes |
 //! | [`files`] | files that are replaced durably |
+//! | [`backup`] | what is kept of a shard elsewhere, and how it is read again |
 //! | [`read`] | the planner and everything that answers |
 //! | [`state`], [`documents`] | transitions |
 
+pub mod backup;
 pub mod command;
 pub mod distance;
 mod documents;
 mod error;
 pub mod files;
+mod frames;
 mod keys;
 pub mod payload;
 pub mod read;

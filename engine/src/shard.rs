@@ -16,7 +16,7 @@
 //! holds everything after that checkpoint; applying it again brings back the rest.
 
 use std::fs::File;
-use std::io::{Read as _, Write as _};
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,6 +28,7 @@ use shoal_proto::planted::crash_point;
 use crate::command::{Answer, Read};
 use crate::error::{Error, Result};
 use crate::files::{self, sync_dir};
+use crate::frames::Frames;
 use crate::keys;
 use crate::state::{State, read_point, text_of};
 use crate::store::{ExportCursor, Scrub, Store};
@@ -323,26 +324,18 @@ impl Derived {
 }
 
 fn load_frames(store: &Store, file: &Path) -> Result<()> {
-    let broken = |reason: &str| Error::Damaged { key: "snapshot".into(), reason: reason.into() };
-    let mut reader = std::io::BufReader::new(File::open(file)?);
+    let mut frames = Frames::open(file)?;
     let mut claimed = None;
-    loop {
-        let mut head = [0u8; 8];
-        reader.read_exact(&mut head).map_err(|_| broken("it ends early"))?;
-        let length = u32::from_le_bytes(head[..4].try_into().expect("four bytes")) as usize;
-        if length == 0 {
-            // Records that have vanished where it was made must not pass for never written.
-            return match claimed.is_none_or(|claimed| store.sum().is_ok_and(|sum| sum == claimed)) {
-                true => Ok(()),
-                false => Err(broken("records are missing where it was made")),
-            };
-        }
-        let mut piece = Vec::new();
-        reader.by_ref().take(length as u64).read_to_end(&mut piece)?;
-        if piece.len() != length || head[4..] != crc32fast::hash(&piece).to_le_bytes() {
-            return Err(broken("a piece is short or has the wrong checksum"));
-        }
+    while let Some(piece) = frames.next_piece()? {
         claimed = store.import(&piece)?.or(claimed);
+    }
+    // Records that have vanished where it was made must not pass for never written.
+    match claimed.is_none_or(|claimed| store.sum().is_ok_and(|sum| sum == claimed)) {
+        true => Ok(()),
+        false => {
+            let reason = "records are missing where it was made".into();
+            Err(Error::Damaged { key: "snapshot".into(), reason })
+        }
     }
 }
 

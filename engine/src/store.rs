@@ -54,7 +54,7 @@ const SCRUB_ASIDE_BYTES: usize = 64 << 20;
 const EXPORT_PIECE_BYTES: usize = 1 << 20;
 
 /// The key that the sum over all records is stored under; not part of it.
-const SUM: &[u8] = b"Msum";
+pub(crate) const SUM: &[u8] = b"Msum";
 const PLAIN: u8 = 1;
 const PARTED: u8 = 2;
 /// Keys of parts start with this byte; no other key does.
@@ -131,10 +131,7 @@ impl Store {
             .flush_every_ms(Some(FLUSH_EVERY_MS))
             .open()?;
         let sum = match db.get(SUM)? {
-            Some(stored) => {
-                let body = unseal(SUM, &stored)?.1;
-                u64::from_le_bytes(body.try_into().map_err(|_| damaged(SUM, "not eight bytes"))?)
-            }
+            Some(stored) => sum_of(unseal(SUM, &stored)?.1)?,
             None if db.is_empty() => 0,
             None => return Err(damaged(SUM, "it is missing")),
         };
@@ -424,7 +421,7 @@ impl Summed {
 /// What a record adds to the sum. Its checksum covers key and value; it is spread over 64 bits
 /// by the finalizer of SplitMix64 (Steele, Lea, Flood 2014), so that sums do not cancel out. Tags
 /// are left out: they hold what Raft knows, of which two replicas may have different forms.
-fn weight(key: &[u8], stored: &[u8]) -> u64 {
+pub(crate) fn weight(key: &[u8], stored: &[u8]) -> u64 {
     if key == keys::TAG {
         return 0;
     }
@@ -608,6 +605,45 @@ fn part_keys(key: &[u8], stored: &[u8]) -> Vec<Vec<u8>> {
         }
         _ => Vec::new(),
     }
+}
+
+/// A value as it was sealed.
+pub(crate) enum Stored {
+    Whole(Vec<u8>),
+    /// It lies in so many parts, under keys of their own.
+    Parts(u32),
+}
+
+impl Stored {
+    /// The value, of a key that is itself a part.
+    pub(crate) fn value(self) -> Result<Vec<u8>> {
+        match self {
+            Stored::Whole(value) => Ok(value),
+            Stored::Parts(_) => Err(damaged(b"part", "a part has parts")),
+        }
+    }
+}
+
+/// Opens what an export holds under a key.
+pub(crate) fn unparted(key: &[u8], stored: &[u8]) -> Result<Stored> {
+    match unseal(key, stored)? {
+        (PLAIN, body) => Ok(Stored::Whole(body.to_vec())),
+        (_, body) => {
+            let count = body.try_into().map_err(|_| damaged(key, "bad part count"))?;
+            Ok(Stored::Parts(u32::from_le_bytes(count)))
+        }
+    }
+}
+
+/// The sum over all records, from what is stored under [`SUM`].
+pub(crate) fn sum_of(body: &[u8]) -> Result<u64> {
+    Ok(u64::from_le_bytes(body.try_into().map_err(|_| damaged(SUM, "not eight bytes"))?))
+}
+
+/// The key that a key holds a part of, and which part.
+pub(crate) fn part_of(key: &[u8]) -> Option<(&[u8], u32)> {
+    let (of, index) = key.strip_prefix(&[PART_PREFIX])?.split_last_chunk::<4>()?;
+    Some((of, u32::from_be_bytes(*index)))
 }
 
 fn seal(kind: u8, key: &[u8], value: &[u8]) -> Vec<u8> {

@@ -1,0 +1,249 @@
+//! What a backup keeps of a shard, and how it is read again.
+//!
+//! An export is cut by size, so that one new record would shift every piece behind it. [`cut`] cuts
+//! it anew where the keys say so (content-defined chunking, as in LBFS, Muthitacharoen et al. 2001,
+//! but over keys): from one backup to the next only those pieces differ in which a record does.
+//! [`Copy`] is a shard that is read from such pieces, for whoever puts its records into other shards.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use shoal_proto::{BlobHash, CollectionConfig, DocumentId, codec};
+
+use crate::command::{Document, DocumentState, FileRecord, Point};
+use crate::error::{Error, Result};
+use crate::frames::Frames;
+use crate::keys;
+use crate::state::{PointRecord, decode, read_vector};
+use crate::store::{SUM, Store, Stored, part_of, sum_of, unparted, weight};
+
+/// A piece has at least this many bytes, unless it is the last one.
+const MIN_PIECE_BYTES: usize = 256 << 10;
+/// A piece ends at the latest after this many bytes.
+const MAX_PIECE_BYTES: usize = 4 << 20;
+/// Of so many keys one ends a piece that is large enough.
+const CUT_EVERY: u32 = 128;
+
+/// What there is in an export.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Contents {
+    /// Points, chunks of documents among them.
+    pub points: u64,
+    /// Documents.
+    pub documents: u64,
+    /// Records of files.
+    pub files: u64,
+    /// The bytes that its files and its unfinished documents name: where they are, their hash, and
+    /// how many.
+    pub blobs: BTreeSet<(DocumentId, BlobHash, u64)>,
+}
+
+/// Cuts an export in a file of frames into pieces, hands out each, and tells what is in them.
+///
+/// # Errors
+/// Damaged, when a record is not what was written or records are missing: what was handed out is then
+/// worth nothing; and what `hand_out` says.
+pub fn cut(frames: &Path, mut hand_out: impl FnMut(Vec<u8>) -> Result<()>) -> Result<Contents> {
+    let mut frames = Frames::open(frames)?;
+    let mut reading = Inspection::default();
+    let mut piece: Vec<(Vec<u8>, Vec<u8>)> = Vec::new();
+    let mut bytes = 0;
+    while let Some(frame) = frames.next_piece()? {
+        for (key, stored) in pairs(&frame)? {
+            reading.note(&key, &stored)?;
+            bytes += key.len() + stored.len();
+            let ends = crc32fast::hash(&key).is_multiple_of(CUT_EVERY);
+            piece.push((key, stored));
+            if bytes >= MAX_PIECE_BYTES || (ends && bytes >= MIN_PIECE_BYTES) {
+                hand_out(codec::encode(&std::mem::take(&mut piece)))?;
+                bytes = 0;
+            }
+        }
+    }
+    if !piece.is_empty() {
+        hand_out(codec::encode(&piece))?;
+    }
+    reading.finish()
+}
+
+fn pairs(piece: &[u8]) -> Result<Vec<(Vec<u8>, Vec<u8>)>> {
+    codec::decode(piece).map_err(|error| Error::Damaged { key: "piece".into(), reason: error.to_string() })
+}
+
+/// A look at every record of a shard as its pieces come by, in any order: whether each is what was
+/// written, whether all are there, and what is in them.
+#[derive(Default)]
+pub struct Inspection {
+    contents: Contents,
+    /// The sum over the records that came by, and the one that was kept with them.
+    sum: u64,
+    claimed: Option<u64>,
+    /// Keys of records whose values come in so many parts, and the parts that have come.
+    parted: BTreeMap<Vec<u8>, u32>,
+    parts: BTreeMap<(Vec<u8>, u32), Vec<u8>>,
+}
+
+impl Inspection {
+    /// Looks at a piece.
+    ///
+    /// # Errors
+    /// Damaged, when a record is not what was written.
+    pub fn take(&mut self, piece: &[u8]) -> Result<()> {
+        pairs(piece)?.iter().try_for_each(|(key, stored)| self.note(key, stored))
+    }
+
+    fn note(&mut self, key: &[u8], stored: &[u8]) -> Result<()> {
+        let value = unparted(key, stored)?;
+        if key == SUM {
+            self.claimed = Some(sum_of(&value.value()?)?);
+            return Ok(());
+        }
+        self.sum = self.sum.wrapping_add(weight(key, stored));
+        let is_record = |key: &[u8]| matches!(key.first(), Some(&keys::DOCUMENT | &keys::FILE));
+        if let Some((of, index)) = part_of(key).filter(|(of, _)| is_record(of)) {
+            self.parts.insert((of.to_vec(), index), value.value()?);
+            return Ok(());
+        }
+        match key.first() {
+            Some(&keys::POINT) => self.contents.points += 1,
+            _ if is_record(key) => match value {
+                Stored::Whole(value) => self.note_record(key, &value)?,
+                Stored::Parts(count) => drop(self.parted.insert(key.to_vec(), count)),
+            },
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn note_record(&mut self, key: &[u8], value: &[u8]) -> Result<()> {
+        if key.first() == Some(&keys::FILE) {
+            let file: FileRecord = decode(key, value)?;
+            self.contents.files += 1;
+            self.contents.blobs.insert((file.id, file.blob, file.bytes));
+            return Ok(());
+        }
+        let document: Document = decode(key, value)?;
+        self.contents.documents += 1;
+        if document.state == DocumentState::InProgress {
+            self.contents.blobs.insert((document.id, document.blob, document.bytes));
+        }
+        Ok(())
+    }
+
+    /// To be called when every piece came by.
+    ///
+    /// # Errors
+    /// Damaged, when records are missing.
+    pub fn finish(mut self) -> Result<Contents> {
+        if self.claimed != Some(self.sum) {
+            return Err(missing());
+        }
+        for (key, count) in std::mem::take(&mut self.parted) {
+            let mut value = Vec::new();
+            for index in 0..count {
+                let part = self.parts.get(&(key.clone(), index));
+                value.extend_from_slice(part.ok_or_else(|| Error::Damaged {
+                    key: String::from_utf8_lossy(&key).escape_debug().to_string(),
+                    reason: "a part is missing".into(),
+                })?);
+            }
+            self.note_record(&key, &value)?;
+        }
+        Ok(self.contents)
+    }
+}
+
+fn missing() -> Error {
+    Error::Damaged { key: "shard".into(), reason: "records are missing, or are not what was written".into() }
+}
+
+/// A shard as it was when it was backed up.
+pub struct Copy {
+    store: Store,
+    claimed: Option<u64>,
+}
+
+impl Copy {
+    /// An empty one, in a directory of its own.
+    ///
+    /// # Errors
+    /// When that cannot be made.
+    pub fn create(dir: &Path) -> Result<Copy> {
+        Ok(Copy { store: Store::open(dir)?, claimed: None })
+    }
+
+    /// Takes in a piece that [`cut`] has handed out.
+    ///
+    /// # Errors
+    /// Damaged, when a record is not what was written.
+    pub fn take(&mut self, piece: &[u8]) -> Result<()> {
+        self.claimed = self.store.import(piece)?.or(self.claimed);
+        Ok(())
+    }
+
+    /// To be called when every piece was taken in.
+    ///
+    /// # Errors
+    /// Damaged, when records are missing.
+    pub fn check(&self) -> Result<()> {
+        match self.claimed == Some(self.store.sum()?) {
+            true => Ok(()),
+            false => Err(missing()),
+        }
+    }
+
+    /// Points in batches of about `bytes`: the next ones after `after`, which is moved on.
+    ///
+    /// # Errors
+    /// Damaged, when a record is.
+    pub fn points(
+        &self,
+        config: &CollectionConfig,
+        after: &mut Option<u32>,
+        bytes: usize,
+    ) -> Result<Vec<Point>> {
+        let mut points = Vec::new();
+        let mut taken = 0;
+        let start = keys::point(after.map_or(0, |slot| slot.saturating_add(1)));
+        for item in self.store.scan_from(&[keys::POINT], start) {
+            let (key, value) = item?;
+            let slot = u32::from_be_bytes(key[1..].try_into().expect("a point key has five bytes"));
+            *after = Some(slot);
+            let record: PointRecord = decode(&key, &value)?;
+            let mut vectors = Vec::new();
+            for name in config.vectors.keys() {
+                if let Some(vector) = read_vector(&self.store, slot, name)? {
+                    taken += vector.len() * 4;
+                    vectors.push((name.clone(), vector));
+                }
+            }
+            taken += value.len();
+            points.push(Point { id: record.id, vectors, payload: record.payload });
+            if taken >= bytes {
+                break;
+            }
+        }
+        Ok(points)
+    }
+
+    /// Its documents.
+    ///
+    /// # Errors
+    /// Damaged, when a record is.
+    pub fn documents(&self) -> Result<Vec<Document>> {
+        self.records(keys::DOCUMENT)
+    }
+
+    /// Its records of files.
+    ///
+    /// # Errors
+    /// Damaged, when a record is.
+    pub fn files(&self) -> Result<Vec<FileRecord>> {
+        self.records(keys::FILE)
+    }
+
+    fn records<T: serde::de::DeserializeOwned>(&self, kind: u8) -> Result<Vec<T>> {
+        let items = self.store.scan(&[kind]);
+        items.map(|item| item.and_then(|(key, value)| decode(&key, &value))).collect()
+    }
+}
