@@ -352,7 +352,7 @@ impl Groups {
         Ok(pieces(tag.into(), export.into()))
     }
 
-    /// Fetches a group's whole state from another node: its tag, the last index that it holds,
+    /// Fetches a group's whole state from a node, this one or another: its tag, the last index that it holds,
     /// and a file for [`StateMachine::install`].
     pub async fn fetch_state(
         &self,
@@ -360,10 +360,14 @@ impl Groups {
         from: NodeId,
     ) -> Result<(Vec<u8>, u64, ReceivedFile), Error> {
         let failed = |reason: String| Error::Timeout { group: id, reason };
-        let mut client = self.peers().client(from, Lane::Bulk).map_err(failed)?;
-        let answer = client.fetch_state(FetchStateRequest { group: id.0 }).await;
-        let mut pieces = answer.map_err(|status| failed(status.message().to_owned()))?.into_inner();
-        let (tag, received) = self.receive(&mut pieces).await?;
+        let (tag, received) = if from == self.inner.node {
+            self.receive(&mut self.state_pieces(id).await?.map(Ok).boxed()).await?
+        } else {
+            let mut client = self.peers().client(from, Lane::Bulk).map_err(failed)?;
+            let answer = client.fetch_state(FetchStateRequest { group: id.0 }).await;
+            self.receive(&mut answer.map_err(|status| failed(status.message().to_owned()))?.into_inner())
+                .await?
+        };
         let index = crate::machine::index_of(&tag).map_err(|error| Error::BadMessage(error.to_string()))?;
         Ok((tag.into(), index, received))
     }

@@ -42,5 +42,5 @@ mod types;
 pub use error::Error;
 pub use groups::{Group, GroupStatus, Groups, RaftConfig};
 pub use log::{LogConfig, LogStore};
-pub use machine::{Committed, Export, StateMachine};
+pub use machine::{Committed, Export, ReceivedFile, StateMachine};
 pub use network::{Client, Lane, Peers};

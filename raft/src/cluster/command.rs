@@ -1,6 +1,6 @@
 //! What can be asked of the control group, and what it answers.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 use shoal_proto::{CollectionConfig, Error, FieldType, NodeId, RequestId, ShardId};
@@ -122,6 +122,38 @@ pub enum Command {
         name: String,
         /// The number, from 1.
         replication_factor: u32,
+    },
+    /// Makes a collection that nobody sees until its restore is ended, in place of what an earlier
+    /// restore of the same name has left.
+    BeginRestore {
+        /// The restore: the same one gets the same collection again.
+        restore: RequestId,
+        /// The node that does it: should it be taken out of the cluster, the collection goes too.
+        node: NodeId,
+        /// The name.
+        name: String,
+        /// Its schema.
+        config: CollectionConfig,
+        /// Shards; one per node when absent.
+        shard_count: Option<u32>,
+        /// Replicas of each shard.
+        replication_factor: u32,
+        /// Seconds since the Unix epoch at which it was first made.
+        created_at: u64,
+    },
+    /// Shows all collections of a restore, in one step, or none.
+    EndRestore {
+        /// The restore.
+        restore: RequestId,
+        /// All that it has put back.
+        collections: BTreeSet<String>,
+        /// Collections by alias; a name that is taken stays what it is.
+        aliases: BTreeMap<String, String>,
+    },
+    /// Deletes what a restore has made and has not shown.
+    AbortRestore {
+        /// The restore.
+        restore: RequestId,
     },
 }
 

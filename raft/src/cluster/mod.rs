@@ -13,4 +13,4 @@ mod tests;
 
 pub use command::{Addresses, Command, Response};
 pub use saved::{read, write};
-pub use state::{Alias, ClusterState, Collection, Drain, Node, Shard};
+pub use state::{Alias, ClusterState, Collection, Drain, Node, Restore, Shard};

@@ -8,9 +8,9 @@ use shoal_proto::codec::{self, CodecError};
 
 use super::ClusterState;
 
-/// The format that [`write()`] writes. Before it there was no number: those bytes begin with the
-/// codec's own, which was 1.
-const FORMAT: u8 = 2;
+/// The format that [`write()`] writes. The first one had no number: its bytes begin with the codec's
+/// own, which was 1.
+const FORMAT: u8 = 3;
 
 /// The bytes of a state, with where in the log it was taken.
 pub fn write(tag: &Option<Vec<u8>>, state: &ClusterState) -> Vec<u8> {
@@ -25,6 +25,7 @@ pub fn read(bytes: &[u8]) -> Result<(Option<Vec<u8>>, ClusterState), CodecError>
     match bytes.split_first() {
         None => Err(CodecError::Empty),
         Some((1, _)) => decode::<v1::ClusterState>(bytes),
+        Some((2, body)) => decode::<v2::ClusterState>(body),
         Some((&FORMAT, body)) => decode::<ClusterState>(body),
         Some((other, _)) => Err(CodecError::UnknownVersion(*other)),
     }
@@ -78,7 +79,7 @@ mod v1 {
 
     impl From<ClusterState> for super::super::ClusterState {
         fn from(old: ClusterState) -> Self {
-            super::super::ClusterState {
+            let next = super::v2::ClusterState {
                 version: old.version,
                 cluster_id: old.cluster_id,
                 nodes: old.nodes.into_iter().map(|(id, node)| (id, node.into())).collect(),
@@ -87,6 +88,53 @@ mod v1 {
                 is_placement_paused: false,
                 collections: old.collections,
                 aliases: old.aliases,
+                shards: old.shards,
+                last_node: old.last_node,
+                last_shard: old.last_shard,
+                answered: old.answered,
+            };
+            next.into()
+        }
+    }
+}
+
+/// The second format: nothing could be restored.
+mod v2 {
+    use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+    use serde::Deserialize;
+    use shoal_proto::{NodeId, RequestId, ShardId};
+
+    use super::super::{Alias, Collection, Node, Response, Shard};
+
+    #[derive(Deserialize)]
+    pub(super) struct ClusterState {
+        pub(super) version: u64,
+        pub(super) cluster_id: String,
+        pub(super) nodes: BTreeMap<NodeId, Node>,
+        pub(super) removed: BTreeSet<NodeId>,
+        pub(super) gone: BTreeMap<String, NodeId>,
+        pub(super) is_placement_paused: bool,
+        pub(super) collections: BTreeMap<String, Collection>,
+        pub(super) aliases: BTreeMap<Alias, String>,
+        pub(super) shards: BTreeMap<ShardId, Shard>,
+        pub(super) last_node: u64,
+        pub(super) last_shard: u64,
+        pub(super) answered: VecDeque<(RequestId, Response)>,
+    }
+
+    impl From<ClusterState> for super::super::ClusterState {
+        fn from(old: ClusterState) -> Self {
+            super::super::ClusterState {
+                version: old.version,
+                cluster_id: old.cluster_id,
+                nodes: old.nodes,
+                removed: old.removed,
+                gone: old.gone,
+                is_placement_paused: old.is_placement_paused,
+                collections: old.collections,
+                aliases: old.aliases,
+                restoring: BTreeMap::new(),
                 shards: old.shards,
                 last_node: old.last_node,
                 last_shard: old.last_shard,
@@ -133,6 +181,22 @@ mod tests {
             ["n1", "n2", "n3"]
         );
         assert!(state.nodes.values().all(|node| node.drain == Drain::No) && state.gone.is_empty());
+        assert_eq!(state.collection("kept").expect("known").1.shards.len(), 2);
+    }
+
+    /// Written by the build of 2026-11-22, before anything could be restored.
+    #[test]
+    fn what_the_second_format_has_written_is_read() {
+        let (tag, state) = read(include_bytes!("../../testdata/cluster-state-2.bin")).expect("whole");
+        assert_eq!(tag.map(|tag| tag.len()), Some(14));
+        let drained: Vec<&str> = state
+            .nodes
+            .values()
+            .filter(|node| node.drain == Drain::Yes)
+            .map(|node| node.name.as_str())
+            .collect();
+        assert_eq!((state.nodes.len(), drained), (3, vec!["n3"]));
+        assert!(state.is_placement_paused && state.restoring.is_empty());
         assert_eq!(state.collection("kept").expect("known").1.shards.len(), 2);
     }
 

@@ -78,6 +78,15 @@ pub struct Shard {
     pub first_indexes: BTreeMap<String, FieldType>,
 }
 
+/// Who puts a collection back from a backup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Restore {
+    /// Made once per restore.
+    pub id: RequestId,
+    /// The node that does it.
+    pub node: NodeId,
+}
+
 /// Another name for a collection.
 pub type Alias = String;
 
@@ -100,6 +109,8 @@ pub struct ClusterState {
     pub collections: BTreeMap<String, Collection>,
     /// Collection names by alias.
     pub aliases: BTreeMap<Alias, String>,
+    /// Collections that are being put back from a backup, by name, and by whom: nobody sees them.
+    pub restoring: BTreeMap<String, Restore>,
     /// Shards by id.
     pub shards: BTreeMap<ShardId, Shard>,
     pub(super) last_node: u64,
@@ -153,9 +164,12 @@ impl ClusterState {
                 let collection = Collection { config, shards: Vec::new(), replication_factor, created_at };
                 self.create_collection(name, collection, shard_count)
             }
+            Command::DeleteCollection { name, .. } if self.restoring.contains_key(&name) => {
+                Ok(Response::Absent)
+            }
             Command::DeleteCollection { name, .. } => Ok(self.delete_collection(&name)),
             Command::SetPayloadIndex { name, field, index } => {
-                let config = &mut self.collection_mut(&name)?.config;
+                let config = &mut self.usable_mut(&name)?.config;
                 let mut changed = config.clone();
                 match index {
                     Some(index) => changed.payload_indexes.insert(field, index),
@@ -166,7 +180,7 @@ impl ClusterState {
                 Ok(Response::Done)
             }
             Command::SetAttributes { name, attributes_json } => {
-                self.collection_mut(&name)?.config.attributes_json = attributes_json;
+                self.usable_mut(&name)?.config.attributes_json = attributes_json;
                 Ok(Response::Done)
             }
             Command::SetAlias { alias, collection } => self.set_alias(alias, collection),
@@ -180,7 +194,26 @@ impl ClusterState {
             }
             Command::SetReplicationFactor { name, replication_factor } => {
                 check_count("replication_factor", replication_factor, MAX_REPLICATION)?;
-                self.collection_mut(&name)?.replication_factor = replication_factor;
+                self.usable_mut(&name)?.replication_factor = replication_factor;
+                Ok(Response::Done)
+            }
+            Command::BeginRestore {
+                restore,
+                node,
+                name,
+                config,
+                shard_count,
+                replication_factor,
+                created_at,
+            } => {
+                let collection = Collection { config, shards: Vec::new(), replication_factor, created_at };
+                self.begin_restore(Restore { id: restore, node }, name, collection, shard_count)
+            }
+            Command::EndRestore { restore, collections, aliases } => {
+                self.end_restore(restore, &collections, aliases)
+            }
+            Command::AbortRestore { restore } => {
+                self.abort_restores(|by| by.id == restore);
                 Ok(Response::Done)
             }
         }
@@ -240,6 +273,7 @@ impl ClusterState {
         if let Some(known) = self.nodes.remove(&node) {
             self.gone.insert(known.incarnation, node);
         }
+        self.abort_restores(|by| by.node == node);
         self.removed.insert(node);
     }
 
@@ -283,6 +317,13 @@ impl ClusterState {
     ) -> Result<Response, Error> {
         validate_name("collection_name", &name)?;
         collection.config.validate()?;
+        if let Some(by) = self.restoring.get(&name) {
+            return Err(conflict(format!(
+                "collection `{name}` is being restored from a backup by node {}; when that is given up, the node ends \
+                 it at its next start",
+                by.node
+            )));
+        }
         if self.collections.contains_key(&name) || self.aliases.contains_key(&name) {
             return Err(conflict(format!("collection `{name}` already exists")));
         }
@@ -312,10 +353,64 @@ impl ClusterState {
         Ok(Response::Done)
     }
 
+    fn begin_restore(
+        &mut self,
+        restore: Restore,
+        name: String,
+        collection: Collection,
+        shard_count: Option<u32>,
+    ) -> Result<Response, Error> {
+        if self.restoring.get(&name).is_some_and(|by| by.id == restore.id) {
+            return Ok(Response::Done);
+        }
+        if !self.nodes.contains_key(&restore.node) {
+            return Err(unknown_node(restore.node));
+        }
+        let response = self.create_collection(name.clone(), collection, shard_count)?;
+        self.restoring.insert(name, restore);
+        Ok(response)
+    }
+
+    fn end_restore(
+        &mut self,
+        restore: RequestId,
+        collections: &BTreeSet<String>,
+        aliases: BTreeMap<Alias, String>,
+    ) -> Result<Response, Error> {
+        let is_hidden = |name: &&String| self.restoring.contains_key(*name);
+        let is_ours = |name: &String| self.restoring.get(name).is_some_and(|by| by.id == restore);
+        if collections.iter().all(|name| self.collections.contains_key(name))
+            && !collections.iter().any(|name| is_hidden(&name))
+        {
+            // It was ended already, and the answer was lost.
+            return Ok(Response::Done);
+        }
+        if let Some(name) = collections.iter().find(|name| !is_ours(name)) {
+            return Err(conflict(format!("`{name}` is not what this restore has begun any more")));
+        }
+        self.restoring.retain(|_, by| by.id != restore);
+        for (alias, collection) in aliases {
+            if !self.aliases.contains_key(&alias) {
+                // One that cannot be set any more must not keep the collections hidden.
+                drop(self.set_alias(alias, Some(collection)));
+            }
+        }
+        Ok(Response::Done)
+    }
+
+    fn abort_restores(&mut self, which: impl Fn(&Restore) -> bool) {
+        let names: Vec<String> =
+            self.restoring.iter().filter(|(_, by)| which(by)).map(|(name, _)| name.clone()).collect();
+        for name in names {
+            self.delete_collection(&name);
+        }
+    }
+
     fn delete_collection(&mut self, name: &str) -> Response {
         let Some(collection) = self.collections.remove(name) else {
             return Response::Absent;
         };
+        self.restoring.remove(name);
         for shard in collection.shards {
             self.shards.remove(&shard);
         }
@@ -331,7 +426,7 @@ impl ClusterState {
             });
         };
         validate_name("alias_name", &alias)?;
-        self.collection_mut(&collection)?;
+        self.usable_mut(&collection)?;
         if self.collections.contains_key(&alias) {
             return Err(conflict(format!("`{alias}` is the name of a collection")));
         }
@@ -361,8 +456,9 @@ impl ClusterState {
         Ok(Response::Done)
     }
 
-    fn collection_mut(&mut self, name: &str) -> Result<&mut Collection, Error> {
-        self.collections.get_mut(name).ok_or_else(|| unknown_collection(name))
+    fn usable_mut(&mut self, name: &str) -> Result<&mut Collection, Error> {
+        let collection = self.collections.get_mut(name).filter(|_| !self.restoring.contains_key(name));
+        collection.ok_or_else(|| unknown_collection(name))
     }
 
     /// The collection of a name or an alias, with its real name.
@@ -372,9 +468,14 @@ impl ClusterState {
     pub fn collection(&self, name: &str) -> Result<(&str, &Collection), Error> {
         let name = self.aliases.get(name).map(String::as_str).unwrap_or(name);
         match self.collections.get_key_value(name) {
-            Some((name, collection)) => Ok((name, collection)),
-            None => Err(unknown_collection(name)),
+            Some((name, collection)) if !self.restoring.contains_key(name) => Ok((name, collection)),
+            _ => Err(unknown_collection(name)),
         }
+    }
+
+    /// The collections that can be used: all but those that are being restored.
+    pub fn usable_collections(&self) -> impl Iterator<Item = (&String, &Collection)> {
+        self.collections.iter().filter(|(name, _)| !self.restoring.contains_key(*name))
     }
 
     /// The shard of a collection that owns a route.
@@ -401,6 +502,9 @@ impl ClusterState {
                 next = shard.last.0.checked_add(1);
             }
             assert_eq!(next, None, "the ranges of `{name}` do not reach the end");
+        }
+        for name in self.restoring.keys() {
+            assert!(self.collections.contains_key(name), "`{name}` is being restored and is not there");
         }
         for node in self.nodes.keys() {
             assert!(!self.removed.contains(node), "node {node} is a member and removed");

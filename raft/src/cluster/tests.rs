@@ -61,8 +61,7 @@ fn step(state: &mut ClusterState, words: &[&str]) -> String {
         },
         ["remove-node", node] => Command::RemoveNode { node: NodeId(number(node)) },
         ["create", name, shards, replicas, request] => {
-            let mut config = CollectionConfig::default();
-            config.vectors.insert(String::new(), VectorParams::new(4, Distance::Cosine));
+            let config = vectors_of_four();
             let optional = |text: &str| text.parse().ok();
             let request_id = RequestId([number(request) as u8; 16]);
             let (shard_count, replication_factor) = (optional(shards), optional(replicas));
@@ -94,6 +93,27 @@ fn step(state: &mut ClusterState, words: &[&str]) -> String {
             let request_id = RequestId([number(request) as u8; 16]);
             Command::DeleteCollection { request_id, name: (*name).to_owned() }
         }
+        ["begin-restore", name, shards, restore, node] => Command::BeginRestore {
+            restore: RequestId([number(restore) as u8; 16]),
+            node: NodeId(number(node)),
+            name: (*name).to_owned(),
+            config: vectors_of_four(),
+            shard_count: shards.parse().ok(),
+            replication_factor: 1,
+            created_at: 0,
+        },
+        ["abort-restore", restore] => {
+            Command::AbortRestore { restore: RequestId([number(restore) as u8; 16]) }
+        }
+        ["end-restore", restore, collections, aliases @ ..] => {
+            let pair = |text: &&str| {
+                let (alias, collection) = text.split_once('=').expect("alias=collection");
+                (alias.to_owned(), collection.to_owned())
+            };
+            let restore = RequestId([number(restore) as u8; 16]);
+            let collections = collections.split(',').map(str::to_owned).collect();
+            Command::EndRestore { restore, collections, aliases: aliases.iter().map(pair).collect() }
+        }
         ["alias", alias, target @ ..] => {
             let collection = target.first().map(|&name| name.to_owned());
             Command::SetAlias { alias: (*alias).to_owned(), collection }
@@ -111,6 +131,12 @@ fn step(state: &mut ClusterState, words: &[&str]) -> String {
     }
 }
 
+fn vectors_of_four() -> CollectionConfig {
+    let mut config = CollectionConfig::default();
+    config.vectors.insert(String::new(), VectorParams::new(4, Distance::Cosine));
+    config
+}
+
 fn show(state: &ClusterState) -> String {
     let mut text = format!("version {}\n", state.version);
     for (id, node) in &state.nodes {
@@ -120,8 +146,12 @@ fn show(state: &ClusterState) -> String {
     for (id, shard) in &state.shards {
         let replicas: Vec<u64> = shard.replicas.iter().map(|node| node.0).collect();
         let (first, last) = (shard.first.0, shard.last.0);
-        writeln!(text, "shard {id} of {} {first:08x}-{last:08x} on {replicas:?}", shard.collection)
+        let hidden = if state.collection(&shard.collection).is_err() { " (hidden)" } else { "" };
+        writeln!(text, "shard {id} of {}{hidden} {first:08x}-{last:08x} on {replicas:?}", shard.collection)
             .expect("a string takes writes");
+    }
+    for (alias, collection) in &state.aliases {
+        writeln!(text, "alias {alias} of {collection}").expect("a string takes writes");
     }
     text
 }
