@@ -25,6 +25,7 @@ use shoal_raft::cluster::{self, ClusterState};
 use shoal_raft::{Error as RaftError, Group, Groups, Lane};
 use tokio::sync::{Semaphore, watch};
 
+use crate::backup::{Backups, Job};
 use crate::blobs::BlobStore;
 use crate::call::{Call, Consistency, Reply};
 use crate::latencies::Latencies;
@@ -110,6 +111,8 @@ struct Inner {
     plan: RwLock<Option<Arc<Plan>>>,
     /// Parsers and embedders; set once, while the node starts.
     work: std::sync::OnceLock<Work>,
+    /// Set once, while the node starts.
+    backups: std::sync::OnceLock<Backups>,
 }
 
 impl Cluster {
@@ -128,6 +131,7 @@ impl Cluster {
             disk_free_bytes: AtomicU64::new(0),
             plan: RwLock::default(),
             work: std::sync::OnceLock::new(),
+            backups: std::sync::OnceLock::new(),
         };
         Cluster { inner: Arc::new(inner) }
     }
@@ -172,6 +176,15 @@ impl Cluster {
 
     pub(crate) fn set_work(&self, work: Work) {
         drop(self.inner.work.set(work));
+    }
+
+    pub(crate) fn set_backups(&self, backups: Backups) {
+        drop(self.inner.backups.set(backups));
+    }
+
+    /// What this node does with a backup, or did last.
+    pub(crate) fn backup_job(&self) -> Option<Job> {
+        self.inner.backups.get().and_then(Backups::job)
     }
 
     pub(crate) fn work(&self) -> Option<&Work> {

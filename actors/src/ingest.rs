@@ -24,9 +24,10 @@ use tokio::task::JoinHandle;
 
 use crate::cluster::Cluster;
 use crate::embed::TextKind;
+use crate::entries::entries;
 use crate::parse::chunk::{Chunk, chunk};
 use crate::work::Work;
-use crate::{FILES_COLLECTION, blobs, limits};
+use crate::{FILES_COLLECTION, blobs};
 
 /// How often new documents are looked for.
 const TICK: Duration = Duration::from_millis(100);
@@ -112,7 +113,13 @@ impl IngestsState {
             }
         }
         self.resting.retain(|_, until| *until > now);
+        let state = self.arguments.cluster.state();
         for (shard, local) in self.arguments.cluster.local_shards() {
+            let known = state.shards.get(&shard).map(|shard| state.collection(&shard.collection));
+            // What is being restored has not all of its files yet.
+            if !matches!(known, Some(Ok(_))) {
+                continue;
+            }
             let Some(embedder) = local.shard.config().embedder.clone() else { continue };
             if !local.group.is_leader() || self.active.len() >= MAX_DOCUMENTS {
                 continue;
@@ -214,7 +221,7 @@ impl Job {
                 .zip(batch.iter().zip(vectors))
                 .map(|(index, (chunk, vector))| self.point(index, chunk, vector, &attributes))
                 .collect();
-            for slice in slices(points) {
+            for slice in entries(points) {
                 let count = slice.len() as u32;
                 let (id, version) = (self.document.id, self.document.version);
                 self.propose(Command::StageChunks { id, version, first: staged, points: slice }).await?;
@@ -271,23 +278,4 @@ impl Job {
         let id = self.document.id.chunk_point(self.document.version, index);
         Point { id, vectors: vec![(name, vector)], payload: Value::Object(payload).to_string() }
     }
-}
-
-/// Cuts points into entries of at most about [`limits::MAX_ENTRY_BYTES`].
-fn slices(points: Vec<Point>) -> Vec<Vec<Point>> {
-    let mut slices: Vec<Vec<Point>> = Vec::new();
-    let mut bytes = usize::MAX;
-    for point in points {
-        let size =
-            point.payload.len() + point.vectors.iter().map(|(_, vector)| vector.len() * 4).sum::<usize>();
-        if bytes.saturating_add(size) > limits::MAX_ENTRY_BYTES {
-            slices.push(Vec::new());
-            bytes = 0;
-        }
-        bytes += size;
-        if let Some(last) = slices.last_mut() {
-            last.push(point);
-        }
-    }
-    slices
 }

@@ -21,6 +21,8 @@
 //! | [`blobs`] | original bytes, content-addressed and replicated beside the log |
 //! | [`parse`], [`embed`], [`work`] | files to text, text to vectors, here or on an idle node |
 //! | [`placement`] | who holds what: planned, carried out, ordered by hand |
+//! | [`backup`] | everything to a directory or to S3, and back |
+//! | [`entries`] | points cut into log entries |
 //! | [`tls`] | encryption between nodes |
 //! | [`root`] | start and stop |
 //!
@@ -28,12 +30,14 @@
 //! work itself is one task per document, bounded per node; a second level of actors would only
 //! have held a timer each. One actor looks at all led shards.
 
+pub mod backup;
 pub mod blobs;
 pub mod bootstrap;
 mod call;
 pub mod cluster;
 mod control;
 pub mod embed;
+pub mod entries;
 mod ingest;
 mod latencies;
 pub mod limits;

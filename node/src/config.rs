@@ -98,6 +98,12 @@ pub struct ServeArgs {
     /// Seconds after which a silent node is replaced by others.
     #[arg(long, env = "SHOAL_REPAIR_AFTER")]
     pub repair_after: Option<u64>,
+    /// Where backups are kept: a directory that every node sees, or s3://bucket/prefix.
+    #[arg(long, env = "SHOAL_BACKUP_TARGET")]
+    pub backup_target: Option<String>,
+    /// How many backups are kept; all when zero.
+    #[arg(long, env = "SHOAL_BACKUP_KEEP")]
+    pub backup_keep: Option<usize>,
 }
 
 /// How log lines look.
@@ -161,6 +167,8 @@ pub struct Config {
     pub raft: RaftSettings,
     /// When what is moved between nodes.
     pub placement: PlacementSettings,
+    /// Where backups go.
+    pub backup: BackupSettings,
     /// Limits of the HTTP edge.
     pub limits: Limits,
     /// Limits of one parse.
@@ -205,6 +213,17 @@ pub struct PlacementSettings {
     pub drain_on_stop: bool,
     /// Seconds that this may take; then the node stops all the same.
     pub drain_seconds: u64,
+}
+
+/// Where backups go.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct BackupSettings {
+    /// The absolute path of a directory that every node sees, or `s3://bucket/prefix`; nowhere when
+    /// empty.
+    pub target: String,
+    /// How many of this cluster's backups are kept when a new one is made; all when zero.
+    pub keep: usize,
 }
 
 /// Limits of the HTTP edge.
@@ -279,6 +298,7 @@ impl Default for Config {
             blob_grace_seconds: 3600,
             raft: RaftSettings::default(),
             placement: PlacementSettings::default(),
+            backup: BackupSettings::default(),
             limits: Limits::default(),
             parse: ParseLimits::default(),
             parsers: 0,
@@ -410,6 +430,8 @@ impl Config {
         set(&mut self.blob_grace_seconds, &args.blob_grace_seconds);
         set(&mut self.limits.working_requests, &args.working_requests);
         set(&mut self.placement.repair_after_seconds, &args.repair_after);
+        set(&mut self.backup.target, &args.backup_target);
+        set(&mut self.backup.keep, &args.backup_keep);
         self.placement.drain_on_stop |= args.drain_on_stop;
         self.insecure |= args.insecure;
         self.metrics_open |= args.metrics_open;
@@ -444,6 +466,11 @@ impl Config {
             self.placement.repair_after_seconds >= 5,
             "placement.repair_after_seconds: {} is less than 5",
             self.placement.repair_after_seconds
+        );
+        let target = &self.backup.target;
+        ensure!(
+            target.is_empty() || target.starts_with('/') || target.starts_with("s3://"),
+            "backup.target: {target} is neither the absolute path of a directory nor s3://bucket/prefix"
         );
         ensure!(self.limits.body_bytes <= 60 << 20, "limits.body_bytes: at most 60 MiB fit into the log");
         ensure!(

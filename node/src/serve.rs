@@ -15,6 +15,7 @@ use axum_server::Handle;
 use axum_server::accept::NoDelayAcceptor;
 use axum_server::tls_rustls::{RustlsAcceptor, RustlsConfig};
 use hyper_util::rt::TokioTimer;
+use shoal_actors::backup::BackupConfig;
 use shoal_actors::bootstrap::Discovery;
 use shoal_actors::embed::{Embedders, HttpModel, LocalModel, Model};
 use shoal_actors::service::PeerService;
@@ -154,6 +155,7 @@ fn node_config(config: &Config, embedders: Embedders, tls: PeerTls) -> NodeConfi
         disk_reserve_bytes: config.disk_reserve_bytes,
         blob_grace: Duration::from_secs(config.blob_grace_seconds),
         placement: config.placement.limits(),
+        backup: BackupConfig { target: config.backup.target.clone(), keep: config.backup.keep },
         work: WorkConfig {
             embedders,
             parse_limits: config.parse,

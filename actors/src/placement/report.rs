@@ -9,6 +9,7 @@ use shoal_proto::{GroupId, NodeId, ShardId};
 use shoal_raft::cluster::ClusterState;
 
 use super::plan::{Load, Seen};
+use crate::backup::Job;
 use crate::call::{Call, Reply};
 use crate::cluster::Cluster;
 
@@ -28,6 +29,8 @@ pub struct NodeReport {
     pub is_writable: bool,
     /// The groups that it has an open replica of.
     pub groups: Vec<GroupReport>,
+    /// What it does with a backup, or did last.
+    pub job: Option<Job>,
 }
 
 /// A group, as one of its members sees it.
@@ -80,6 +83,7 @@ impl Cluster {
             disk_free_bytes: self.disk_free_bytes(),
             is_writable: self.is_writable(),
             groups: groups.collect(),
+            job: self.backup_job(),
         }
     }
 

@@ -12,6 +12,7 @@ use shoal_raft::cluster::{Command, Drain, Response};
 use shoal_raft::{Groups, LogConfig, LogStore, Peers, RaftConfig};
 
 use super::actor::{Root, RootArguments, RootMessage};
+use crate::backup::{BackupConfig, Backups};
 use crate::blobs::BlobStore;
 use crate::bootstrap::{self, Discovery, Found, NodeFile};
 use crate::cluster::Cluster;
@@ -60,6 +61,8 @@ pub struct NodeConfig {
     pub work: WorkConfig,
     /// When what is moved.
     pub placement: PlacementLimits,
+    /// Where backups go.
+    pub backup: BackupConfig,
 }
 
 /// A running node.
@@ -70,6 +73,8 @@ pub struct Running {
     pub blobs: BlobStore,
     /// Parsers and embedders, here and on other nodes.
     pub work: Work,
+    /// Makes backups and puts them back.
+    pub backups: Backups,
     root: ActorRef<RootMessage>,
 }
 
@@ -159,6 +164,9 @@ pub async fn start(config: NodeConfig, peers: Peers, service: PeerService) -> Re
     watch_disk(cluster.clone(), config.data.clone(), config.disk_reserve_bytes);
 
     sweep::keep_sweeping(cluster.clone(), blobs.clone(), config.blob_grace);
+    let backups = Backups::open(config.backup.clone(), cluster.clone(), blobs.clone(), &config.data)
+        .map_err(|error| on_disk(&config.data, &error))?;
+    cluster.set_backups(backups.clone());
     let work = Work::new(config.work.clone(), cluster.clone(), blobs.clone());
     let arguments = RootArguments {
         cluster: cluster.clone(),
@@ -192,7 +200,8 @@ pub async fn start(config: NodeConfig, peers: Peers, service: PeerService) -> Re
         }
     }
     end_own_drain(&cluster);
-    Ok(Running { cluster, blobs, work, root })
+    backups.end_leftovers();
+    Ok(Running { cluster, blobs, work, backups, root })
 }
 
 /// A node that was drained because it stopped takes things again now that it is back.

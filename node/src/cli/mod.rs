@@ -1,5 +1,6 @@
 //! The commands.
 
+mod backup;
 mod client;
 mod cluster;
 mod ingest;
@@ -36,6 +37,11 @@ enum Command {
     Cluster {
         #[command(subcommand)]
         command: cluster::ClusterCommand,
+    },
+    /// Make backups, look after them, put them back.
+    Backup {
+        #[command(subcommand)]
+        command: backup::BackupCommand,
     },
     /// Exit with 0 when a node lives (or is ready).
     Health {
@@ -84,6 +90,7 @@ pub fn run(cli: Cli) -> Result<()> {
         }
         Command::Status(client) => runtime()?.block_on(status::run(client)),
         Command::Cluster { command } => runtime()?.block_on(cluster::run(command)),
+        Command::Backup { command } => runtime()?.block_on(backup::run(command)),
         Command::Health { client, ready } => runtime()?.block_on(status::health(client, ready)),
         Command::Ingest(args) => runtime()?.block_on(ingest::run(args)),
         Command::Search(args) => runtime()?.block_on(search::run(args)),

@@ -189,7 +189,10 @@ async fn cluster(State(app): State<App>) -> Result<Json<Value>, Problem> {
         .collections
         .iter()
         .map(|(name, collection)| {
-            json!({"name": name, "shards": collection.shards, "replication_factor": collection.replication_factor})
+            json!({
+                "name": name, "shards": collection.shards, "replication_factor": collection.replication_factor,
+                "is_restoring": state.restoring.contains_key(name),
+            })
         })
         .collect();
     let shards: Vec<Value> = state

@@ -17,6 +17,7 @@ macro_rules! described {
 }
 
 mod admin;
+mod backups;
 pub mod context;
 pub mod error;
 mod middleware;
@@ -54,7 +55,8 @@ pub fn router(app: App) -> Router {
         .merge(qdrant::routes())
         .merge(openai::routes(limits.upload_bytes + (1 << 20)))
         .merge(admin::routes())
-        .merge(operate::routes());
+        .merge(operate::routes())
+        .merge(backups::routes());
     openapi::serve(routes)
         .fallback(middleware::not_found)
         .method_not_allowed_fallback(middleware::method_not_allowed)

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::future::try_join_all;
+use shoal_actors::Cluster;
+use shoal_actors::entries::entries;
 use shoal_actors::search::{Gathered, gather};
-use shoal_actors::{Cluster, limits};
 use shoal_engine::command::{Answer, Command, Outcome, Point, Read, Target};
 use shoal_proto::{CollectionConfig, Error, PointId, Position, ShardId};
 use shoal_raft::cluster::ClusterState;
@@ -110,27 +111,6 @@ pub async fn upsert(
         position.advance(shard.into(), index);
     }
     Ok(position)
-}
-
-/// Cuts points into log entries of bounded size.
-fn entries(points: Vec<Point>) -> Vec<Vec<Point>> {
-    let mut entries: Vec<Vec<Point>> = Vec::new();
-    let mut bytes = usize::MAX;
-    for point in points {
-        let size = 64
-            + point.payload.len()
-            + point.vectors.iter().map(|(_, vector)| vector.len() * 4).sum::<usize>();
-        let is_full = entries.last().is_none_or(|entry| entry.len() == limits::MAX_POINTS_PER_ENTRY);
-        if is_full || bytes.saturating_add(size) > limits::MAX_ENTRY_BYTES {
-            entries.push(Vec::new());
-            bytes = 0;
-        }
-        bytes += size;
-        if let Some(entry) = entries.last_mut() {
-            entry.push(point);
-        }
-    }
-    entries
 }
 
 /// Puts a command about a target through the shards that it concerns.

@@ -53,7 +53,12 @@ pub(super) async fn files(cluster: &Cluster, context: &Context) -> Result<Found,
         // Another request made it first: the same collection.
         Ok(_) | Err(_) => {}
     }
-    cluster.wait_state(context.deadline, |state| state.collections.contains_key(FILES_COLLECTION)).await?;
+    let state = cluster
+        .wait_state(context.deadline, |state| state.collections.contains_key(FILES_COLLECTION))
+        .await?;
+    if state.restoring.contains_key(FILES_COLLECTION) {
+        return Err(Error::unavailable("the files are being restored from a backup; try again later"));
+    }
     Found::find(cluster, FILES_COLLECTION).await
 }
 
@@ -274,8 +279,8 @@ pub(super) async fn delete(
     let found = Found::find(cluster, FILES_COLLECTION).await?;
     // Documents made of the file go with it, in every store.
     let state = cluster.state();
-    let stores = state.collections.values().filter(|collection| collection.config.embedder.is_some());
-    for collection in stores {
+    let stores = state.usable_collections().filter(|(_, collection)| collection.config.embedder.is_some());
+    for (_, collection) in stores {
         let shard = state.shard_of(collection, id.route());
         let request_id = Some(context.part_id(&format!("document/{shard}")));
         cluster.write(shard, request_id, Command::DeleteDocument(id), context.deadline).await?;

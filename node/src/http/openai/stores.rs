@@ -190,8 +190,7 @@ pub(super) async fn list(
 ) -> Result<Json<Value>, OpenAiError> {
     let state = app.running()?.cluster.state();
     let stores: Vec<(u64, String)> = state
-        .collections
-        .iter()
+        .usable_collections()
         .filter(|(_, collection)| collection.config.embedder.is_some())
         .map(|(name, collection)| (collection.created_at, name.clone()))
         .collect();

@@ -232,10 +232,9 @@ pub(super) async fn list(State(app): State<App>) -> Result<Response, QdrantError
     let started = Instant::now();
     let state = app.running()?.cluster.state();
     let names: Vec<Value> = state
-        .collections
-        .keys()
-        .filter(|name| !name.starts_with('_'))
-        .map(|name| json!({"name": name}))
+        .usable_collections()
+        .filter(|(name, _)| !name.starts_with('_'))
+        .map(|(name, _)| json!({"name": name}))
         .collect();
     Ok(envelope(json!({"collections": names}), started, &Position::default()))
 }

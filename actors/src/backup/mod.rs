@@ -1,0 +1,361 @@
+//! Backups: the whole cluster, or some of its collections, to a directory or to S3, and back.
+//!
+//! ```text
+//!  create:   for every shard: a consistent cut from a replica that has all that was acknowledged
+//!            ─▶ cut where keys say so ─▶ objects, each once ─▶ bytes of files ─▶ manifest ─▶ head
+//!  restore:  head ─▶ manifest ─▶ hidden collections ─▶ every record proposed anew ─▶ counted ─▶ shown
+//! ```
+//!
+//! Any node does it, for the whole cluster, while everything goes on. Because records are proposed
+//! anew, a backup of three nodes can be put back into one, five, or as many shards as one likes.
+//! What is restored is shown in one step at the end: a restore that breaks off has shown nothing, and
+//! is begun again. The same holds for a backup: without its head it does not exist, and what it
+//! has brought so far the next one finds.
+
+mod create;
+mod job;
+mod manifest;
+mod restore;
+mod target;
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use futures::{StreamExt, TryStreamExt};
+use parking_lot::Mutex;
+use shoal_engine::backup::Inspection;
+use shoal_proto::{Error, ErrorCode, RequestId};
+use shoal_raft::cluster::Command;
+
+pub use job::{Job, JobKind, JobState};
+pub use manifest::{Blob, CollectionCopy, FORMAT, Head, Manifest, Object, ShardCopy, Summary};
+pub use restore::RestoreOptions;
+pub use target::Target;
+
+use self::target::{AT_ONCE, LARGE_AT_ONCE, Lock};
+use crate::blobs::BlobStore;
+use crate::cluster::Cluster;
+
+/// How long the cluster may take to say what this node has left, and to end it.
+const LEFTOVERS_TIMEOUT: Duration = Duration::from_secs(10);
+/// The pause before that is tried again.
+const LEFTOVERS_PAUSE: Duration = Duration::from_secs(1);
+
+/// How backups are made.
+#[derive(Clone, Debug, Default)]
+pub struct BackupConfig {
+    /// Where they are kept, as [`Target::open`] takes it; nowhere when empty.
+    pub target: String,
+    /// How many of this cluster's backups are kept; all when zero.
+    pub keep: usize,
+}
+
+/// Makes backups and puts them back, one at a time on this node. Cheap to clone.
+#[derive(Clone)]
+pub struct Backups {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    config: BackupConfig,
+    /// Opened when it is needed first: a target that does not answer must not keep a node from starting.
+    target: Mutex<Option<Target>>,
+    cluster: Cluster,
+    blobs: BlobStore,
+    /// Shards on their way back.
+    scratch: PathBuf,
+    job: Mutex<Option<Job>>,
+    /// Whether what this node was at before its start is ended.
+    is_clean: AtomicBool,
+}
+
+impl Backups {
+    /// What a restore has left here that a crash has ended is deleted.
+    pub(crate) fn open(
+        config: BackupConfig,
+        cluster: Cluster,
+        blobs: BlobStore,
+        data: &Path,
+    ) -> std::io::Result<Backups> {
+        let scratch = data.join("restore");
+        if scratch.exists() {
+            std::fs::remove_dir_all(&scratch)?;
+        }
+        // Known from the beginning, so that what comes first is seen to have come.
+        for kind in [JobKind::Create, JobKind::Verify, JobKind::Restore, JobKind::Delete] {
+            for result in ["ok", "failed"] {
+                metrics::counter!("shoal_backup_jobs_total", "kind" => kind.name(), "result" => result)
+                    .increment(0);
+            }
+        }
+        let inner = Inner {
+            config,
+            target: Mutex::default(),
+            cluster,
+            blobs,
+            scratch,
+            job: Mutex::default(),
+            is_clean: AtomicBool::new(false),
+        };
+        Ok(Backups { inner: Arc::new(inner) })
+    }
+
+    /// Where backups are kept.
+    ///
+    /// # Errors
+    /// Invalid, when that is not set, or is nothing that a backup could go to.
+    pub fn target(&self) -> Result<Target, Error> {
+        let mut target = self.inner.target.lock();
+        if let Some(target) = &*target {
+            return Ok(target.clone());
+        }
+        if self.inner.config.target.is_empty() {
+            let message = "is not set on this node: a directory, or s3://bucket/prefix";
+            return Err(Error::invalid("backup.target", message));
+        }
+        Ok(target.insert(Target::open(&self.inner.config.target)?).clone())
+    }
+
+    /// What this node does, or did last.
+    pub fn job(&self) -> Option<Job> {
+        self.inner.job.lock().clone()
+    }
+
+    /// Begins a backup of everything, or of these collections (names or aliases); with stores of
+    /// documents goes the collection of files.
+    ///
+    /// # Errors
+    /// Conflict, when this node is at something else, or somebody else uses the target; not found, when
+    /// there is no such collection.
+    pub async fn create(&self, collections: Option<Vec<String>>) -> Result<Job, Error> {
+        let target = self.target()?;
+        if let Some(names) = &collections {
+            let state = self.inner.cluster.state();
+            names.iter().try_for_each(|name| state.collection(name).map(drop))?;
+        }
+        let id = new_id();
+        let this = self.clone();
+        self.begin_locked(JobKind::Create, &id, target, async move |target, lock, id| {
+            this.create_now(&target, &lock, &id, collections).await?;
+            // The backup is there, whatever becomes of older ones.
+            if let Err(error) = this.retire(&target, &lock, &id).await {
+                tracing::warn!(%error, "old backups could not be deleted; the next one tries it again");
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    /// Begins to read a whole backup: every object is compared with its hash, and every record looked at.
+    ///
+    /// # Errors
+    /// Conflict, when this node is at something else.
+    pub fn verify(&self, id: &str) -> Result<Job, Error> {
+        let target = self.target()?;
+        let this = self.clone();
+        self.begin(JobKind::Verify, id, async move |id| {
+            let head = target.head(&id).await?;
+            let manifest = target.manifest(&head).await?;
+            this.note(|job| job.bytes_total = manifest.objects().map(|object| object.bytes).sum());
+            for collection in &manifest.collections {
+                for shard in &collection.shards {
+                    this.note(|job| job.at = format!("shard {} of {}", shard.shard, collection.name));
+                    this.verify_shard(&target, shard).await?;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    async fn verify_shard(&self, target: &Target, shard: &ShardCopy) -> Result<(), Error> {
+        let damaged = |error: &dyn std::fmt::Display| {
+            Error::internal(format!("shard {} cannot be restored from this backup: {error}", shard.shard))
+        };
+        let get = |object: Object| {
+            let target = target.clone();
+            async move { target.get(&object).await }
+        };
+        let mut inspection = Inspection::default();
+        let mut pieces = futures::stream::iter(shard.pieces.clone()).map(get).buffered(AT_ONCE);
+        while let Some(piece) = pieces.try_next().await? {
+            self.note(|job| job.bytes_done += piece.len() as u64);
+            let looked = move || inspection.take(&piece).map(|()| inspection);
+            inspection = tokio::task::spawn_blocking(looked)
+                .await
+                .map_err(Error::internal)?
+                .map_err(|error| damaged(&error))?;
+        }
+        let contents = inspection.finish().map_err(|error| damaged(&error))?;
+        let found = (contents.points, contents.documents, contents.files);
+        if found != (shard.points, shard.documents, shard.files) {
+            return Err(damaged(&format!("it holds {found:?} points, documents and files")));
+        }
+        let objects: Vec<Object> = shard.blobs.iter().map(|blob| blob.object).collect();
+        let mut blobs = futures::stream::iter(objects).map(get).buffered(LARGE_AT_ONCE);
+        while let Some(blob) = blobs.try_next().await? {
+            self.note(|job| job.bytes_done += blob.len() as u64);
+        }
+        Ok(())
+    }
+
+    /// Begins to put a backup back.
+    ///
+    /// # Errors
+    /// Conflict, when this node is at something else; unavailable, when it has just started and has not
+    /// ended yet what it was at.
+    pub fn restore(&self, id: &str, options: RestoreOptions) -> Result<Job, Error> {
+        let target = self.target()?;
+        if !self.inner.is_clean.load(Ordering::Acquire) {
+            return Err(Error::unavailable("this node has just started; try again in a moment"));
+        }
+        let this = self.clone();
+        self.begin(JobKind::Restore, id, async move |id| this.restore_now(&target, &id, options).await)
+    }
+
+    /// Begins to delete a backup, and the objects that no other one names.
+    ///
+    /// # Errors
+    /// Not found; conflict, when this node is at something else, or somebody else uses the target.
+    pub async fn delete(&self, id: &str) -> Result<Job, Error> {
+        let target = self.target()?;
+        target.head(id).await?;
+        self.begin_locked(JobKind::Delete, id, target, async move |target, lock, id| {
+            lock.check().await?;
+            target.forget(&id).await?;
+            target.sweep(&lock).await.map(drop)
+        })
+        .await
+    }
+
+    /// Deletes this cluster's oldest backups, so that as many stay as are to be kept: of those that hold
+    /// everything, and of the others. Never the one that was just made.
+    async fn retire(&self, target: &Target, lock: &Lock, made: &str) -> Result<(), Error> {
+        let keep = self.inner.config.keep;
+        if keep == 0 {
+            return Ok(());
+        }
+        let cluster_id = self.inner.cluster.state().cluster_id.clone();
+        let heads = target.heads().await?;
+        for is_full in [true, false] {
+            let ours = heads.iter().filter(|head| head.cluster_id == cluster_id && head.is_full == is_full);
+            let ours: Vec<&Head> = ours.collect();
+            let surplus = &ours[..ours.len().saturating_sub(keep)];
+            for head in surplus.iter().filter(|head| head.id != made) {
+                lock.check().await?;
+                target.forget(&head.id).await?;
+                tracing::info!(backup = head.id, "an old backup was deleted");
+            }
+        }
+        // Also what broken backups have left.
+        let (objects, bytes) = target.sweep(lock).await?;
+        tracing::info!(objects, bytes, "what no backup needs was deleted");
+        Ok(())
+    }
+
+    /// Ends the restores that this node was at when its process ended: nobody would.
+    pub(crate) fn end_leftovers(&self) {
+        let this = self.clone();
+        tokio::spawn(async move {
+            while let Err(error) = this.try_end_leftovers().await {
+                tracing::debug!(%error, "restores of before the start will be ended later");
+                tokio::time::sleep(LEFTOVERS_PAUSE).await;
+            }
+            this.inner.is_clean.store(true, Ordering::Release);
+        });
+    }
+
+    async fn try_end_leftovers(&self) -> Result<(), Error> {
+        let cluster = &self.inner.cluster;
+        let state = cluster.fresh_state(Instant::now() + LEFTOVERS_TIMEOUT).await?;
+        let ours = state.restoring.values().filter(|restore| restore.node == cluster.node());
+        let ours: BTreeSet<RequestId> = ours.map(|restore| restore.id).collect();
+        for restore in ours {
+            tracing::warn!("a restore that this node was at when it ended has left nothing");
+            cluster.control(Command::AbortRestore { restore }, Instant::now() + LEFTOVERS_TIMEOUT).await?;
+        }
+        Ok(())
+    }
+
+    /// Who says that the target is in use.
+    fn holder(&self, id: &str) -> String {
+        let state = self.inner.cluster.state();
+        let name = state.nodes.get(&self.inner.cluster.node()).map_or("", |node| node.name.as_str());
+        format!("node {name} of cluster {} for backup {id}", state.cluster_id)
+    }
+
+    /// As [`Backups::begin`], with the right to write and delete, which is given back when it is done.
+    async fn begin_locked<F>(
+        &self,
+        kind: JobKind,
+        backup: &str,
+        target: Target,
+        run: impl FnOnce(Target, Arc<Lock>, String) -> F + Send + 'static,
+    ) -> Result<Job, Error>
+    where
+        F: Future<Output = Result<(), Error>> + Send + 'static,
+    {
+        let lock = Arc::new(target.lock(&self.holder(backup)).await?);
+        let (sender, taken) = tokio::sync::oneshot::channel();
+        let begun = self.begin(kind, backup, async move |id| {
+            let lock: Arc<Lock> = taken.await.map_err(Error::internal)?;
+            let ran = run(target, lock.clone(), id).await;
+            lock.release().await;
+            ran
+        });
+        match begun {
+            Ok(job) => {
+                drop(sender.send(lock));
+                Ok(job)
+            }
+            Err(error) => {
+                lock.release().await;
+                Err(error)
+            }
+        }
+    }
+
+    fn begin<F>(&self, kind: JobKind, backup: &str, run: impl FnOnce(String) -> F) -> Result<Job, Error>
+    where
+        F: Future<Output = Result<(), Error>> + Send + 'static,
+    {
+        let job = {
+            let mut slot = self.inner.job.lock();
+            if let Some(busy) = slot.as_ref().filter(|job| job.state == JobState::Running) {
+                let message = format!("this node is at the {} of backup {}", busy.kind.name(), busy.backup);
+                return Err(Error::new(ErrorCode::Conflict, message));
+            }
+            slot.insert(Job::begin(kind, backup, self.inner.cluster.node())).clone()
+        };
+        let this = self.clone();
+        let running = tokio::spawn(run(backup.to_owned()));
+        tokio::spawn(async move {
+            let ended = running.await.unwrap_or_else(|error| Err(Error::internal(error)));
+            let result = if ended.is_ok() { "ok" } else { "failed" };
+            metrics::counter!("shoal_backup_jobs_total", "kind" => kind.name(), "result" => result)
+                .increment(1);
+            this.note(|job| {
+                job.end(&ended);
+                match &ended {
+                    Ok(()) => tracing::info!(kind = kind.name(), backup = job.backup, "done"),
+                    Err(error) => tracing::error!(kind = kind.name(), backup = job.backup, %error, "failed"),
+                }
+            });
+        });
+        Ok(job)
+    }
+
+    fn note(&self, change: impl FnOnce(&mut Job)) {
+        if let Some(job) = &mut *self.inner.job.lock() {
+            change(job);
+        }
+    }
+}
+
+/// The time in UTC, so that names sort by age, and a few digits that make it unique.
+fn new_id() -> String {
+    let now = jiff::Timestamp::from_second(crate::cluster::unix_now() as i64).unwrap_or_default();
+    format!("{}-{:08x}", now.strftime("%Y%m%dT%H%M%SZ"), rand::random::<u32>())
+}

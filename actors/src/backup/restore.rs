@@ -1,0 +1,440 @@
+//! Putting a backup back.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures::{StreamExt, TryStreamExt};
+use shoal_engine::backup::Copy;
+use shoal_engine::command::{Answer, Command, Document, FileRecord, Point, Read};
+use shoal_proto::{CollectionConfig, DocumentId, Error, ErrorCode, RequestId, ShardId};
+use shoal_raft::cluster::{self, ClusterState};
+
+use super::Backups;
+use super::manifest::{CollectionCopy, Manifest, Object, ShardCopy};
+use super::target::{AT_ONCE, LARGE_AT_ONCE, Target};
+use crate::FILES_COLLECTION;
+use crate::blobs;
+use crate::cluster::ReadOptions;
+use crate::entries::entries;
+
+/// How long the cluster may take for one step: long enough for an election.
+const STEP_TIMEOUT: Duration = Duration::from_secs(60);
+/// The pause before a step that the cluster had no room for is tried again.
+const BUSY_PAUSE: Duration = Duration::from_millis(100);
+/// Entries on their way into shards at once.
+const WRITES_AT_ONCE: usize = 8;
+/// Bytes of points that are read at a time.
+const READ_BYTES: usize = 8 << 20;
+
+/// What is put back of a backup, and how.
+#[derive(Clone, Debug, Default)]
+pub struct RestoreOptions {
+    /// These collections; all when absent.
+    pub collections: Option<Vec<String>>,
+    /// Shards of each collection; as many as it had when absent.
+    pub shard_count: Option<u32>,
+    /// Replicas of each shard; as many as it had when absent.
+    pub replication_factor: Option<u32>,
+}
+
+/// A restore under way.
+struct Restore<'a> {
+    backups: &'a Backups,
+    target: &'a Target,
+    id: RequestId,
+    /// Under which its writes are remembered.
+    scope: String,
+}
+
+/// Where a collection's records go.
+struct Destination {
+    name: String,
+    config: CollectionConfig,
+    state: Arc<ClusterState>,
+    /// Whether this restore has made it.
+    is_begun: bool,
+}
+
+impl Destination {
+    fn shard_of(&self, route: shoal_proto::Route) -> ShardId {
+        self.state.shard_of(&self.state.collections[&self.name], route)
+    }
+}
+
+impl Backups {
+    pub(super) async fn restore_now(
+        &self,
+        target: &Target,
+        id: &str,
+        options: RestoreOptions,
+    ) -> Result<(), Error> {
+        let head = target.head(id).await?;
+        let manifest = target.manifest(&head).await?;
+        let chosen = chosen(&manifest, options.collections.as_deref())?;
+        let state = self.inner.cluster.fresh_state(Instant::now() + STEP_TIMEOUT).await?;
+        for collection in &chosen {
+            // Files are put to those that are there.
+            if collection.name != FILES_COLLECTION && state.collection(&collection.name).is_ok() {
+                let message = format!(
+                    "`{}` exists already: delete it, or name the collections that are to be restored",
+                    collection.name
+                );
+                return Err(Error::new(ErrorCode::Conflict, message));
+            }
+        }
+        let objects = chosen.iter().flat_map(|collection| &collection.shards);
+        let bytes = |shard: &ShardCopy| {
+            let blobs = shard.blobs.iter().map(|blob| blob.object.bytes);
+            shard.pieces.iter().map(|piece| piece.bytes).chain(blobs).sum::<u64>()
+        };
+        let total = objects.map(bytes).sum();
+        self.note(|job| job.bytes_total = total);
+        let id = uuid::Uuid::new_v4();
+        let scope = id.to_string();
+        let restore = Restore { backups: self, target, id: RequestId(id.into_bytes()), scope };
+        let restored = restore.run(&manifest, &chosen, &options).await;
+        drop(std::fs::remove_dir_all(&self.inner.scratch));
+        if restored.is_err() {
+            restore.give_up().await;
+        }
+        restored
+    }
+}
+
+fn chosen<'a>(manifest: &'a Manifest, names: Option<&[String]>) -> Result<Vec<&'a CollectionCopy>, Error> {
+    let Some(names) = names else { return Ok(manifest.collections.iter().collect()) };
+    let mut chosen: Vec<&CollectionCopy> = Vec::new();
+    for name in names {
+        let name = manifest.aliases.get(name).unwrap_or(name);
+        let found = manifest.collections.iter().find(|collection| collection.name == *name);
+        let found =
+            found.ok_or_else(|| Error::not_found(format!("the backup holds no collection `{name}`")))?;
+        if !chosen.iter().any(|known| known.name == found.name) {
+            chosen.push(found);
+        }
+    }
+    Ok(chosen)
+}
+
+impl Restore<'_> {
+    async fn run(
+        &self,
+        manifest: &Manifest,
+        chosen: &[&CollectionCopy],
+        options: &RestoreOptions,
+    ) -> Result<(), Error> {
+        // The files' collection comes first, because documents that are not finished need its place, and
+        // its records last, because they may go where everybody sees them.
+        let files = manifest.collections.iter().find(|collection| collection.name == FILES_COLLECTION);
+        let wants_files = chosen.iter().any(|collection| collection.name == FILES_COLLECTION);
+        let needs_files = chosen.iter().any(|collection| collection.config.embedder.is_some());
+        let files = match files.filter(|_| wants_files || needs_files) {
+            Some(files) => Some((files, self.find_or_begin(files, options).await?)),
+            None => None,
+        };
+        let place = files.as_ref().map(|(_, place)| place);
+        let mut documents = BTreeSet::new();
+        let others = || chosen.iter().filter(|collection| collection.name != FILES_COLLECTION);
+        for collection in others() {
+            let destination = self.begin(collection, options).await?;
+            for shard in &collection.shards {
+                self.note_at(format!("shard {} of {}", shard.shard, collection.name));
+                let copy = self.copy(shard).await?;
+                self.points(&destination, &copy, shard.shard).await?;
+                documents.extend(self.documents(&destination, place, &copy, shard).await?);
+            }
+        }
+        for collection in others() {
+            self.note_at(format!("counting {}", collection.name));
+            self.count(collection).await?;
+        }
+        if let Some((files, destination)) = &files {
+            for shard in &files.shards {
+                self.note_at(format!("shard {} of {}", shard.shard, files.name));
+                let copy = self.copy(shard).await?;
+                self.files(destination, &copy, shard, (!wants_files).then_some(&documents)).await?;
+            }
+            if wants_files && destination.is_begun {
+                self.count(files).await?;
+            }
+        }
+        let mut names: BTreeSet<String> = others().map(|collection| collection.name.clone()).collect();
+        names.extend(files.filter(|(_, place)| place.is_begun).map(|(files, _)| files.name.clone()));
+        let aliases = manifest.aliases.clone().into_iter().filter(|(_, name)| names.contains(name)).collect();
+        let command = cluster::Command::EndRestore { restore: self.id, collections: names, aliases };
+        self.control(command).await.map(drop)
+    }
+
+    /// Makes the collection, unseen.
+    async fn begin(&self, copy: &CollectionCopy, options: &RestoreOptions) -> Result<Destination, Error> {
+        let command = cluster::Command::BeginRestore {
+            restore: self.id,
+            node: self.backups.inner.cluster.node(),
+            name: copy.name.clone(),
+            config: copy.config.clone(),
+            shard_count: Some(options.shard_count.unwrap_or(copy.shards.len() as u32)),
+            replication_factor: options.replication_factor.unwrap_or(copy.replication_factor),
+            created_at: copy.created_at,
+        };
+        self.control(command).await?;
+        let is_begun =
+            |state: &Arc<ClusterState>| state.restoring.get(&copy.name).is_some_and(|by| by.id == self.id);
+        let state = self.backups.inner.cluster.wait_state(Instant::now() + STEP_TIMEOUT, is_begun).await?;
+        Ok(Destination { name: copy.name.clone(), config: copy.config.clone(), state, is_begun: true })
+    }
+
+    async fn control(&self, command: cluster::Command) -> Result<cluster::Response, Error> {
+        self.backups.inner.cluster.control(command, Instant::now() + STEP_TIMEOUT).await
+    }
+
+    fn note_at(&self, at: String) {
+        self.backups.note(|job| job.at = at);
+    }
+
+    fn note_bytes(&self, bytes: u64) {
+        self.backups.note(|job| job.bytes_done += bytes);
+    }
+
+    /// A shard's copy, in files of this node, checked.
+    async fn copy(&self, shard: &ShardCopy) -> Result<Arc<ScratchCopy>, Error> {
+        if !self.backups.inner.cluster.is_writable() {
+            return Err(Error::new(ErrorCode::DiskFull, "the disk's reserve is reached on this node"));
+        }
+        let dir = self.backups.inner.scratch.join(uuid::Uuid::new_v4().to_string());
+        let made = {
+            let dir = dir.clone();
+            blocking(move || Copy::create(&dir)).await?
+        };
+        let mut copy = ScratchCopy { copy: made, _dir: Scratch(dir) };
+        let gets = futures::stream::iter(shard.pieces.clone()).map(|piece| {
+            let target = self.target.clone();
+            async move { target.get(&piece).await }
+        });
+        let mut pieces = gets.buffered(AT_ONCE);
+        while let Some(piece) = pieces.try_next().await? {
+            self.note_bytes(piece.len() as u64);
+            copy = blocking(move || copy.copy.take(&piece).map(|()| copy)).await?;
+        }
+        drop(pieces);
+        blocking(move || copy.copy.check().map(|()| Arc::new(copy))).await
+    }
+
+    async fn points(&self, to: &Destination, copy: &Arc<ScratchCopy>, from: ShardId) -> Result<(), Error> {
+        let (mut after, mut number) = (None, 0u64);
+        loop {
+            let (copy, config) = (copy.clone(), to.config.clone());
+            let (points, next) = blocking(move || {
+                let mut after = after;
+                copy.copy.points(&config, &mut after, READ_BYTES).map(|points| (points, after))
+            })
+            .await?;
+            after = next;
+            if points.is_empty() {
+                return Ok(());
+            }
+            let mut split: BTreeMap<ShardId, Vec<Point>> = BTreeMap::new();
+            for point in points {
+                split.entry(to.shard_of(point.id.route())).or_default().push(point);
+            }
+            let parts = split.into_iter().flat_map(|(shard, points)| {
+                entries(points).into_iter().map(move |entry| (shard, Command::Upsert(entry)))
+            });
+            let parts: Vec<_> = parts.collect();
+            let writes = parts.into_iter().map(|(shard, command)| {
+                number += 1;
+                self.write(shard, format!("{}/{from}/{number}", to.name), command)
+            });
+            let writes: Vec<_> = writes.collect();
+            futures::stream::iter(writes).buffer_unordered(WRITES_AT_ONCE).try_collect::<()>().await?;
+        }
+    }
+
+    /// Puts a command through a shard, also when that is busy for a while.
+    async fn write(&self, shard: ShardId, what: String, command: Command) -> Result<(), Error> {
+        let request = RequestId::from_key(&self.scope, &what);
+        let deadline = Instant::now() + STEP_TIMEOUT;
+        loop {
+            let written =
+                self.backups.inner.cluster.write(shard, Some(request), command.clone(), deadline).await;
+            match written {
+                Ok(_) => return Ok(()),
+                Err(error) if error.code == ErrorCode::Busy && Instant::now() < deadline => {
+                    tokio::time::sleep(BUSY_PAUSE).await;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Puts files' records back with their bytes: all of them, or only these. One that is there stays.
+    async fn files(
+        &self,
+        to: &Destination,
+        copy: &Arc<ScratchCopy>,
+        shard: &ShardCopy,
+        only: Option<&BTreeSet<DocumentId>>,
+    ) -> Result<(), Error> {
+        let copy = copy.clone();
+        let files = blocking(move || copy.copy.files()).await?;
+        let kept: BTreeSet<Object> = shard.blobs.iter().map(|blob| blob.object).collect();
+        let mut puts = Vec::new();
+        for file in files.into_iter().filter(|file| only.is_none_or(|only| only.contains(&file.id))) {
+            let object = Object { hash: file.blob, bytes: file.bytes };
+            if !kept.contains(&object) {
+                return Err(Error::internal(format!("the backup lacks the bytes of {}", file.id)));
+            }
+            puts.push(self.file(to.shard_of(file.id.route()), file, object));
+        }
+        futures::stream::iter(puts).buffer_unordered(LARGE_AT_ONCE).try_collect().await
+    }
+
+    /// The bytes are safe before the log names them, as with an upload.
+    async fn file(&self, shard: ShardId, file: FileRecord, object: Object) -> Result<(), Error> {
+        let blob = self.bytes(shard, object).await?;
+        let what = format!("{}/{}", FILES_COLLECTION, file.id);
+        self.write(shard, what, Command::RestoreFile(file)).await?;
+        let Backups { inner } = self.backups;
+        blob.settle(&inner.cluster, &inner.blobs, Instant::now() + STEP_TIMEOUT).await
+    }
+
+    async fn bytes(&self, shard: ShardId, object: Object) -> Result<blobs::Replicated, Error> {
+        let bytes = self.target.get(&object).await?;
+        let Backups { inner } = self.backups;
+        let mut upload = inner.blobs.begin().await.map_err(Error::internal)?;
+        upload.write(&bytes).await.map_err(Error::internal)?;
+        let replicated = blobs::replicate(&inner.cluster, &inner.blobs, shard, upload).await?;
+        self.note_bytes(object.bytes);
+        Ok(replicated)
+    }
+
+    /// Puts documents' records back; their chunks are points. Returns their ids.
+    async fn documents(
+        &self,
+        to: &Destination,
+        files: Option<&Destination>,
+        copy: &Arc<ScratchCopy>,
+        shard: &ShardCopy,
+    ) -> Result<Vec<DocumentId>, Error> {
+        let source = copy.clone();
+        let documents = blocking(move || source.copy.documents()).await?;
+        let ids = documents.iter().map(|document| document.id).collect();
+        // Work in progress needs its bytes even when nobody keeps the file any more.
+        let unfinished: BTreeMap<DocumentId, Object> =
+            shard.blobs.iter().map(|blob| (blob.document, blob.object)).collect();
+        let puts = documents.into_iter().map(|document| {
+            let object = unfinished.get(&document.id).copied();
+            self.document(to, files, document, object)
+        });
+        let puts: Vec<_> = puts.collect();
+        futures::stream::iter(puts).buffer_unordered(LARGE_AT_ONCE).try_collect::<()>().await?;
+        Ok(ids)
+    }
+
+    async fn document(
+        &self,
+        to: &Destination,
+        files: Option<&Destination>,
+        document: Document,
+        unfinished: Option<Object>,
+    ) -> Result<(), Error> {
+        let kept = match unfinished {
+            None => None,
+            Some(object) => {
+                let files = files.ok_or_else(|| {
+                    Error::internal("the backup holds unfinished documents and no place for their bytes")
+                })?;
+                Some(self.bytes(files.shard_of(document.id.route()), object).await?)
+            }
+        };
+        let place = to.shard_of(document.id.route());
+        let what = format!("{}/document/{}", to.name, document.id);
+        self.write(place, what, Command::RestoreDocument(Box::new(document))).await?;
+        let Backups { inner } = self.backups;
+        match kept {
+            Some(kept) => kept.settle(&inner.cluster, &inner.blobs, Instant::now() + STEP_TIMEOUT).await,
+            None => Ok(()),
+        }
+    }
+
+    /// The collection as it is, or a new one.
+    async fn find_or_begin(
+        &self,
+        copy: &CollectionCopy,
+        options: &RestoreOptions,
+    ) -> Result<Destination, Error> {
+        let state = self.backups.inner.cluster.fresh_state(Instant::now() + STEP_TIMEOUT).await?;
+        let found = state.collection(&copy.name).map(|(name, known)| (name.to_owned(), known.config.clone()));
+        match found {
+            Ok((name, config)) => Ok(Destination { name, config, state, is_begun: false }),
+            Err(_) => self.begin(copy, options).await,
+        }
+    }
+
+    /// Whether all is there: nothing is shown before.
+    async fn count(&self, collection: &CollectionCopy) -> Result<(), Error> {
+        let state = self.backups.inner.cluster.state();
+        let gone = || Error::new(ErrorCode::Conflict, format!("`{}` was deleted meanwhile", collection.name));
+        let shards = state.collections.get(&collection.name).ok_or_else(gone)?.shards.clone();
+        let mut found = [0u64; 3];
+        for shard in shards {
+            let options = ReadOptions::linearizable(Instant::now() + STEP_TIMEOUT);
+            let cluster = &self.backups.inner.cluster;
+            if let Answer::Stats(stats) = cluster.read(shard, Read::Stats, &options).await?.0 {
+                found[0] += stats.points;
+                found[1] += stats.documents.iter().sum::<u64>();
+            }
+            if let Answer::Files(files) = cluster.read(shard, Read::ListFiles, &options).await?.0 {
+                found[2] += files.len() as u64;
+            }
+        }
+        let summary = collection.summary();
+        let wanted = [summary.points, summary.documents, summary.files];
+        match found == wanted {
+            true => Ok(()),
+            false => Err(Error::internal(format!(
+                "`{}` has {found:?} points, documents and files after its restore, and {wanted:?} in the backup",
+                collection.name
+            ))),
+        }
+    }
+
+    /// Takes away what was begun. What cannot be taken away now stays unseen, until this node starts again.
+    async fn give_up(&self) {
+        if let Err(error) = self.control(cluster::Command::AbortRestore { restore: self.id }).await {
+            tracing::warn!(%error, "what a failed restore has begun is still there, unseen, until this node starts again");
+        }
+    }
+}
+
+/// A shard's copy and the directory that it lies in.
+struct ScratchCopy {
+    copy: Copy,
+    // After the copy: files are deleted when nothing has them open.
+    _dir: Scratch,
+}
+
+/// A directory that is deleted when nobody needs it any more.
+struct Scratch(std::path::PathBuf);
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        remove(&self.0);
+    }
+}
+
+fn remove(dir: &Path) {
+    if let Err(error) = std::fs::remove_dir_all(dir) {
+        tracing::warn!(%error, dir = %dir.display(), "a shard on its way back could not be deleted");
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> shoal_engine::Result<T> + Send + 'static,
+) -> Result<T, Error> {
+    tokio::task::spawn_blocking(work).await.map_err(Error::internal)?.map_err(|error| match error {
+        damaged if damaged.is_damage() => Error::internal(format!("the backup is damaged: {damaged}")),
+        other => other.into(),
+    })
+}

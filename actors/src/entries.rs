@@ -1,0 +1,56 @@
+//! How points are cut into log entries: what the edge, ingest and a restore share.
+
+use shoal_engine::command::Point;
+
+use crate::limits::{MAX_ENTRY_BYTES, MAX_POINTS_PER_ENTRY};
+
+/// What a point takes in an entry besides its payload and vectors, in bytes, about.
+const POINT_BYTES: usize = 64;
+
+/// Cuts points into entries of at most [`MAX_POINTS_PER_ENTRY`] points and about [`MAX_ENTRY_BYTES`].
+pub fn entries(points: Vec<Point>) -> Vec<Vec<Point>> {
+    let mut entries: Vec<Vec<Point>> = Vec::new();
+    let mut bytes = 0;
+    for point in points {
+        let size = POINT_BYTES
+            + point.payload.len()
+            + point.vectors.iter().map(|(_, vector)| vector.len() * 4).sum::<usize>();
+        match entries.last_mut() {
+            Some(entry) if entry.len() < MAX_POINTS_PER_ENTRY && bytes + size <= MAX_ENTRY_BYTES => {
+                bytes += size;
+                entry.push(point);
+            }
+            _ => {
+                bytes = size;
+                entries.push(vec![point]);
+            }
+        }
+    }
+    entries
+}
+
+#[cfg(test)]
+mod tests {
+    use shoal_proto::PointId;
+
+    use super::*;
+
+    fn point(number: u64, bytes: usize) -> Point {
+        Point { id: PointId::Num(number), vectors: Vec::new(), payload: "x".repeat(bytes) }
+    }
+
+    #[test]
+    fn entries_hold_every_point_in_order_and_are_bounded() {
+        let points: Vec<Point> =
+            (0..1300).map(|number| point(number, if number % 100 == 0 { 600_000 } else { 100 })).collect();
+        let cut = entries(points.clone());
+        assert_eq!(cut.concat(), points);
+        for entry in &cut {
+            let bytes: usize = entry.iter().map(|point| point.payload.len() + POINT_BYTES).sum();
+            assert!((1..=MAX_POINTS_PER_ENTRY).contains(&entry.len()) && bytes <= MAX_ENTRY_BYTES);
+        }
+        // One that is too large for any entry goes alone.
+        assert_eq!(entries(vec![point(1, 2 << 20), point(2, 1)]).len(), 2);
+        assert!(entries(Vec::new()).is_empty());
+    }
+}
