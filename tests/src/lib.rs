@@ -26,6 +26,7 @@ pub mod http;
 pub mod node;
 pub mod points;
 pub mod ports;
+pub mod python;
 pub mod searcher;
 pub mod settled;
 pub mod shared;
