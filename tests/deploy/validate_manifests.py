@@ -31,6 +31,8 @@ PROBE_PATHS = {"/health/live", "/health/ready"}
 SERVED_PATHS = PROBE_PATHS | {"/metrics"}
 # What the node reads from its environment, taken from the source. A misspelt name would be ignored without a word.
 SETTINGS = set(re.findall(r'env = "(SHOAL_\w+)"', (ROOT / "node/src/config.rs").read_text()))
+# What the commands read, beside the node's settings.
+CLIENT_SETTINGS = set(re.findall(r'env = "(SHOAL_\w+)"', (ROOT / "node/src/cli/client.rs").read_text()))
 # What only docker-compose.yml reads, from .env.
 COMPOSE_ONLY = {
     "SHOAL_" + name
@@ -86,7 +88,7 @@ def check_text(root, report):
         if path.suffix in {".sh", ".toml"}:
             continue  # Scripts have variables of their own, and a test of the node loads the reference configuration.
         code = "\n".join(line.split(" #")[0] for line in text.splitlines())
-        for name in sorted(set(re.findall(r"\bSHOAL_[A-Z][A-Z_0-9]*\b", code)) - SETTINGS - COMPOSE_ONLY):
+        for name in sorted(set(re.findall(r"\bSHOAL_[A-Z][A-Z_0-9]*\b", code)) - SETTINGS - CLIENT_SETTINGS - COMPOSE_ONLY):
             report.expect(False, f"{where}: {name} is no setting of the node")
 
 
@@ -340,6 +342,8 @@ def check_objects(objects, secret_keys, where, report):
             known = {port["name"] for port in service["spec"]["ports"]}
             report.expect(backend["port"]["name"] in known, f"{where}: Ingress {name} leads to {backend}")
             report.expect(not path["path"].startswith(("/admin", "/metrics")), f"{where}: Ingress {name} opens {path['path']}")
+    for name, job in by_kind.get("CronJob", {}).items():
+        check_job(name, job, by_kind, secret_keys, where, report)
     for name, monitor in by_kind.get("ServiceMonitor", {}).items():
         wanted = monitor["spec"]["selector"]["matchLabels"]
         chosen = [item for item in by_kind["Service"].values() if wanted.items() <= item["metadata"]["labels"].items()]
@@ -350,6 +354,34 @@ def check_objects(objects, secret_keys, where, report):
             report.expect(endpoint["path"] in SERVED_PATHS, f"{where}: ServiceMonitor {name} scrapes {endpoint['path']}")
             key = endpoint["authorization"]["credentials"]
             report.expect(key["key"] in secret_keys.get(key["name"], ()), f"{where}: ServiceMonitor {name} has no key")
+
+
+def check_job(name, job, by_kind, secret_keys, where, report):
+    """A job that asks the nodes for something by a command."""
+    spec = job["spec"]["jobTemplate"]["spec"]
+    pod, container = spec["template"]["spec"], spec["template"]["spec"]["containers"][0]
+    problem = image_problem(container["image"])
+    report.expect(problem is None, f"{where}: CronJob {name}: the image {container['image']} {problem}")
+    report.expect(job["spec"].get("concurrencyPolicy") == "Forbid", f"{where}: CronJob {name} can overtake itself")
+    report.expect(spec.get("activeDeadlineSeconds"), f"{where}: CronJob {name} can hang for ever")
+    report.expect(spec["template"]["metadata"]["labels"].get("shoal-client") == "true",
+                  f"{where}: CronJob {name} is kept out by the network policy")
+    security, own = pod["securityContext"], container["securityContext"]
+    report.expect(security.get("runAsNonRoot") and own.get("readOnlyRootFilesystem")
+                  and own.get("capabilities", {}).get("drop") == ["ALL"], f"{where}: CronJob {name} keeps privileges")
+    commands = (ROOT / f"node/src/cli/{container['args'][0]}.rs").read_text()
+    report.expect(re.search(rf"^    {container['args'][1].capitalize()}\b", commands, re.MULTILINE),
+                  f"{where}: CronJob {name} runs the unknown command {container['args']}")
+    for variable in container["env"]:
+        report.expect(variable["name"] in CLIENT_SETTINGS, f"{where}: CronJob {name} sets {variable['name']}, which no command reads")
+        if reference := variable.get("valueFrom", {}).get("secretKeyRef"):
+            known = secret_keys.get(reference["name"], ())
+            report.expect(reference["key"] in known, f"{where}: CronJob {name} wants {reference}, not in the example")
+        elif variable["name"] == "SHOAL_URL":
+            host, port = variable["value"].removeprefix("http://").split(":")
+            service = by_kind["Service"].get(host, {"spec": {"ports": []}})
+            known = {port["port"] for port in service["spec"]["ports"]}
+            report.expect(int(port) in known, f"{where}: CronJob {name} asks {variable['value']}, where nobody is")
 
 
 def check_pod(pod, container, ports, where, report):
@@ -379,6 +411,10 @@ def check_pod(pod, container, ports, where, report):
 def check_settings(by_kind, spec, container, secret_keys, where, report):
     settings = {}
     for source in container.get("envFrom", []):
+        if "secretRef" in source:
+            name = source["secretRef"]["name"]
+            report.expect(name in secret_keys, f"{where}: no example of the secret {name}")
+            continue
         name = source["configMapRef"]["name"]
         if report.expect(name in by_kind.get("ConfigMap", {}), f"{where}: no ConfigMap {name}"):
             settings.update(by_kind["ConfigMap"][name]["data"])
@@ -404,13 +440,16 @@ def check_settings(by_kind, spec, container, secret_keys, where, report):
 def check_kubernetes(root, report, tools):
     check_kustomizations(root, report)
     secret_keys = {}
-    for secret in documents(root / "k8s/base/secret.example.yaml"):
-        secret_keys[secret["metadata"]["name"]] = set(secret["stringData"])
-        report.expect(set(secret["stringData"].values()) == {"replace-me"}, "k8s/base/secret.example.yaml: holds a secret")
+    for path in sorted((root / "k8s").rglob("*.example.yaml")):
+        for secret in documents(path):
+            secret_keys[secret["metadata"]["name"]] = set(secret["stringData"])
+            holds = set(secret["stringData"].values()) != {"replace-me"}
+            report.expect(not holds, f"{path.relative_to(root)}: holds a secret")
     base = [item for name in yaml.safe_load((root / "k8s/base/kustomization.yaml").read_text())["resources"]
             for item in documents(root / "k8s/base" / name)]
     check_objects(base, secret_keys, "k8s/base", report)
-    components = [item for path in sorted((root / "k8s/components").rglob("*.yaml")) if path.name != "kustomization.yaml"
+    components = [item for path in sorted((root / "k8s/components").rglob("*.yaml"))
+                  if path.name != "kustomization.yaml" and not path.name.endswith(".example.yaml")
                   for item in documents(path)]
     check_objects(base + components, secret_keys, "k8s/components", report)
 
@@ -506,6 +545,9 @@ YAML_MISTAKES = [
     ("k8s/base/configmap.yaml", "SHOAL_EXPECT: \"3\"", "SHOAL_EXPECT: \"5\"", "SHOAL_JOIN is not"),
     ("k8s/base/poddisruptionbudget.yaml", "maxUnavailable: 1", "maxUnavailable: 2", "cost a majority"),
     ("k8s/base/kustomization.yaml", "  - networkpolicy.yaml\n", "", "does not list"),
+    ("k8s/components/backup/cronjob.yaml", "args: [backup, create]", "args: [backup, make]", "unknown command"),
+    ("k8s/components/backup/cronjob.yaml", "http://shoal:6333", "http://shoal:8080", "where nobody is"),
+    ("k8s/components/backup/cronjob.yaml", "            shoal-client: \"true\"\n", "", "kept out by the network policy"),
     ("k8s/components/monitoring/servicemonitor.yaml", "      app.kubernetes.io/component: clients\n", "", "chooses 2 services"),
 ]
 
