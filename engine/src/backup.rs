@@ -3,7 +3,7 @@
 //! An export is cut by size, so that one new record would shift every piece behind it. [`cut`] cuts
 //! it anew where the keys say so (content-defined chunking, as in LBFS, Muthitacharoen et al. 2001,
 //! but over keys): from one backup to the next only those pieces differ in which a record does.
-//! [`Copy`] is a shard that is read from such pieces, for whoever puts its records into other shards.
+//! [`Archive`] is a shard that is read from such pieces, for whoever puts its records into other shards.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -158,18 +158,18 @@ fn missing() -> Error {
 }
 
 /// A shard as it was when it was backed up.
-pub struct Copy {
+pub struct Archive {
     store: Store,
     claimed: Option<u64>,
 }
 
-impl Copy {
+impl Archive {
     /// An empty one, in a directory of its own.
     ///
     /// # Errors
     /// When that cannot be made.
-    pub fn create(dir: &Path) -> Result<Copy> {
-        Ok(Copy { store: Store::open(dir)?, claimed: None })
+    pub fn create(dir: &Path) -> Result<Archive> {
+        Ok(Archive { store: Store::open(dir)?, claimed: None })
     }
 
     /// Takes in a piece that [`cut`] has handed out.

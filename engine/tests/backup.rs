@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
-use shoal_engine::backup::{Contents, Copy, Inspection, cut};
+use shoal_engine::backup::{Archive, Contents, Inspection, cut};
 use shoal_engine::command::{Command, Envelope, FileRecord, Point};
 use shoal_engine::{Entry, Shard};
 use shoal_proto::{
@@ -90,7 +90,7 @@ fn a_copy_is_the_shard_and_little_changes_from_one_to_the_next() {
     assert_eq!(contents.blobs, BTreeSet::from(blobs), "also of a record that is stored in parts");
     assert!(first.len() > 8, "{} pieces", first.len());
 
-    let mut copy = Copy::create(&dir.path().join("copy")).expect("made");
+    let mut copy = Archive::create(&dir.path().join("copy")).expect("made");
     first.iter().for_each(|piece| copy.take(piece).expect("whole"));
     copy.check().expect("all of it");
     let (mut after, mut found) = (None, Vec::new());
@@ -130,7 +130,7 @@ fn what_is_not_whole_is_found_out() {
         let mut rest = pieces.clone();
         rest.remove(lost);
         assert!(inspect(&rest).expect_err("a piece is missing").is_damage());
-        let mut copy = Copy::create(&dir.path().join(format!("copy-{lost}"))).expect("made");
+        let mut copy = Archive::create(&dir.path().join(format!("copy-{lost}"))).expect("made");
         rest.iter().for_each(|piece| copy.take(piece).expect("whole"));
         assert!(copy.check().expect_err("a piece is missing").is_damage());
     }

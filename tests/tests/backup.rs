@@ -101,7 +101,11 @@ async fn fill(client: &Client) -> Result<Known> {
     for batch in ids.chunks(BATCH) {
         // A few payloads are stored in parts.
         let payload = |id: &u64| {
-            let text = blake3::hash(&id.to_be_bytes()).to_hex().repeat(if id % 1000 == 0 { 400 } else { 12 });
+            let text = blake3::hash(&id.to_be_bytes()).to_hex().repeat(if id.is_multiple_of(1000) {
+                400
+            } else {
+                12
+            });
             point(*id, json!({"n": id - FIRST, "text": text}))
         };
         points.upsert(&batch.iter().map(payload).collect::<Vec<_>>()).await?;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::{StreamExt, TryStreamExt};
-use shoal_engine::backup::Copy;
+use shoal_engine::backup::Archive;
 use shoal_engine::command::{Answer, Command, Document, FileRecord, Point, Read};
 use shoal_proto::{CollectionConfig, DocumentId, Error, ErrorCode, RequestId, ShardId};
 use shoal_raft::cluster::{self, ClusterState};
@@ -205,9 +205,9 @@ impl Restore<'_> {
         let dir = self.backups.inner.scratch.join(uuid::Uuid::new_v4().to_string());
         let made = {
             let dir = dir.clone();
-            blocking(move || Copy::create(&dir)).await?
+            blocking(move || Archive::create(&dir)).await?
         };
-        let mut copy = ScratchCopy { copy: made, _dir: Scratch(dir) };
+        let mut copy = ScratchCopy { archive: made, _dir: Scratch(dir) };
         let gets = futures::stream::iter(shard.pieces.clone()).map(|piece| {
             let target = self.target.clone();
             async move { target.get(&piece).await }
@@ -215,10 +215,10 @@ impl Restore<'_> {
         let mut pieces = gets.buffered(AT_ONCE);
         while let Some(piece) = pieces.try_next().await? {
             self.note_bytes(piece.len() as u64);
-            copy = blocking(move || copy.copy.take(&piece).map(|()| copy)).await?;
+            copy = blocking(move || copy.archive.take(&piece).map(|()| copy)).await?;
         }
         drop(pieces);
-        blocking(move || copy.copy.check().map(|()| Arc::new(copy))).await
+        blocking(move || copy.archive.check().map(|()| Arc::new(copy))).await
     }
 
     async fn points(&self, to: &Destination, copy: &Arc<ScratchCopy>, from: ShardId) -> Result<(), Error> {
@@ -227,7 +227,7 @@ impl Restore<'_> {
             let (copy, config) = (copy.clone(), to.config.clone());
             let (points, next) = blocking(move || {
                 let mut after = after;
-                copy.copy.points(&config, &mut after, READ_BYTES).map(|points| (points, after))
+                copy.archive.points(&config, &mut after, READ_BYTES).map(|points| (points, after))
             })
             .await?;
             after = next;
@@ -277,7 +277,7 @@ impl Restore<'_> {
         only: Option<&BTreeSet<DocumentId>>,
     ) -> Result<(), Error> {
         let copy = copy.clone();
-        let files = blocking(move || copy.copy.files()).await?;
+        let files = blocking(move || copy.archive.files()).await?;
         let kept: BTreeSet<Object> = shard.blobs.iter().map(|blob| blob.object).collect();
         let mut puts = Vec::new();
         for file in files.into_iter().filter(|file| only.is_none_or(|only| only.contains(&file.id))) {
@@ -318,7 +318,7 @@ impl Restore<'_> {
         shard: &ShardCopy,
     ) -> Result<Vec<DocumentId>, Error> {
         let source = copy.clone();
-        let documents = blocking(move || source.copy.documents()).await?;
+        let documents = blocking(move || source.archive.documents()).await?;
         let ids = documents.iter().map(|document| document.id).collect();
         // Work in progress needs its bytes even when nobody keeps the file any more.
         let unfinished: BTreeMap<DocumentId, Object> =
@@ -410,8 +410,8 @@ impl Restore<'_> {
 
 /// A shard's copy and the directory that it lies in.
 struct ScratchCopy {
-    copy: Copy,
-    // After the copy: files are deleted when nothing has them open.
+    archive: Archive,
+    // After the archive: files are deleted when nothing has them open.
     _dir: Scratch,
 }
 
