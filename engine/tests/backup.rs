@@ -6,7 +6,9 @@ use std::fs;
 use std::path::Path;
 
 use shoal_engine::backup::{Archive, Contents, Inspection, cut};
-use shoal_engine::command::{Command, Envelope, FileRecord, Point};
+use shoal_engine::command::{
+    Answer, Command, Document, DocumentState, Envelope, FileRecord, Point, Read, Stage,
+};
 use shoal_engine::{Entry, Shard};
 use shoal_proto::{
     BlobHash, ChunkerConfig, CollectionConfig, Distance, DocumentId, PointId, VectorParams, codec,
@@ -110,6 +112,61 @@ fn a_copy_is_the_shard_and_little_changes_from_one_to_the_next() {
     let known: BTreeSet<&Vec<u8>> = first.iter().collect();
     let new = second.iter().filter(|piece| !known.contains(piece)).count();
     assert!(new * 2 < second.len(), "{new} of {} pieces are new", second.len());
+}
+
+#[test]
+fn what_is_put_back_begins_anew_and_replaces_nothing() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let shard = Shard::open(dir.path(), config()).expect("opened");
+    let file = |blob: u8| FileRecord {
+        id: DocumentId([1; 16]),
+        filename: "a.txt".into(),
+        blob: BlobHash([blob; 32]),
+        bytes: 5,
+        purpose: "assistants".into(),
+        created_at: 1,
+    };
+    apply(&shard, 1, Command::RestoreFile(file(1)));
+    apply(&shard, 2, Command::RestoreFile(file(2)));
+    let found = shard.read(&Read::GetFile(DocumentId([1; 16]))).expect("readable").1;
+    assert_eq!(found, Answer::Files(vec![file(1)]), "the one that is there stays");
+
+    let document = |state, stage| Document {
+        id: DocumentId([3; 16]),
+        filename: "a.txt".into(),
+        blob: BlobHash([4; 32]),
+        bytes: 6,
+        attributes: "{}".into(),
+        chunker: ChunkerConfig::default(),
+        version: 77,
+        state,
+        stage,
+        attempts: 2,
+        error: None,
+        staged_chunks: 9,
+        total_chunks: 12,
+        published: Some((55, 3)),
+        created_at: 1,
+        updated_at: 2,
+    };
+    let restored = |index: u64, document: Document| {
+        apply(&shard, index, Command::RestoreDocument(Box::new(document)));
+        match shard.read(&Read::GetDocument(DocumentId([3; 16]))).expect("readable").1 {
+            Answer::Documents(found) => found[0].clone(),
+            other => panic!("{other:?}"),
+        }
+    };
+    let unfinished = restored(3, document(DocumentState::InProgress, Stage::Embedding));
+    let expected = Document {
+        version: 3,
+        staged_chunks: 0,
+        attempts: 0,
+        ..document(DocumentState::InProgress, Stage::Queued)
+    };
+    assert_eq!(unfinished, expected, "nothing of what was staged is there");
+    let finished = restored(4, document(DocumentState::Completed, Stage::Published));
+    let expected = Document { staged_chunks: 0, ..document(DocumentState::Completed, Stage::Published) };
+    assert_eq!(finished, expected, "its chunks are found under its old version");
 }
 
 #[test]

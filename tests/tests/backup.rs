@@ -138,7 +138,12 @@ async fn fill(client: &Client) -> Result<Known> {
 }
 
 /// Checks that everything is there again.
-async fn verify(cluster: &Cluster, known: &Known, written: &BTreeMap<u64, Value>) -> Result<()> {
+async fn verify(
+    cluster: &Cluster,
+    backup_id: &str,
+    known: &Known,
+    written: &BTreeMap<u64, Value>,
+) -> Result<()> {
     for at in 0..cluster.len() {
         let client = cluster.client(at);
         let ids: Vec<u64> = known.points.keys().copied().collect();
@@ -168,12 +173,19 @@ async fn verify(cluster: &Cluster, known: &Known, written: &BTreeMap<u64, Value>
         let found = store.search(client, "which fish swim together?", 1).await?;
         let file = client.json(&Request::get(format!("/v1/files/{}", found[0]))).await?;
         ensure!(file["filename"] == "a.txt", "{file}");
-        // A document that is uploaded again replaces the restored one.
+        // A document that is uploaded again replaces the restored one, and a restore of the files does not
+        // bring the old one back, only what is not there.
         let id = documents::upload(client, "a.txt", b"Nothing about any fish.", Some(&found[0])).await?;
         store.attach(client, &id, json!({})).await?;
         store.completed(client, std::slice::from_ref(&id), DOCUMENT_DEADLINE).await?;
         let chunks = chunks(client, store).await?;
         ensure!(chunks[&id].len() == 1 && chunks[&id][0].contains("Nothing about"), "{chunks:?}");
+        let lost = known.files.keys().find(|file| **file != id).context("another file")?;
+        client.succeed(&Request::delete(format!("/v1/files/{lost}"))).await?;
+        backup(cluster, &["restore", backup_id, "--collection", "_files"]).await?;
+        let content = |file: &str| Request::get(format!("/v1/files/{file}/content"));
+        ensure!(client.succeed(&content(lost)).await?.body == known.files[lost], "{lost} is not what it was");
+        ensure!(client.succeed(&content(&id)).await?.body == b"Nothing about any fish.", "{id} was replaced");
     }
     Ok(())
 }
@@ -256,7 +268,7 @@ async fn from_three_nodes_to_one_and_to_five() -> Result<()> {
         if nodes > 1 {
             cluster.settled().await?;
         }
-        verify(&cluster, &known, &written).await.with_context(|| format!("on {nodes} nodes"))?;
+        verify(&cluster, &id, &known, &written).await.with_context(|| format!("on {nodes} nodes"))?;
         if let Some(store) = &known.store {
             // One collection alone, while the others are there.
             cluster.any().succeed(&Request::delete(format!("/v1/vector_stores/{}", store.id))).await?;
@@ -348,6 +360,8 @@ async fn a_node_that_dies_in_a_restore_leaves_nothing() -> Result<()> {
     ensure!(exists["result"]["exists"] == json!(false), "a half-restored collection is shown: {exists}");
     let refused = others.send(&Points::of(&others, "c").upsert_request(&[point(1, json!({}))])).await?;
     ensure!(refused.status == 404, "{} {}", refused.status, refused.text());
+    let deleted = others.json(&Request::delete("/collections/c")).await?;
+    ensure!(deleted["result"] == json!(false), "{deleted}");
     let taken = Points::of(&others, "c").create(1, 1).await.expect_err("it is being restored");
     ensure!(format!("{taken:#}").contains("being restored"), "{taken:#}");
 
@@ -358,7 +372,7 @@ async fn a_node_that_dies_in_a_restore_leaves_nothing() -> Result<()> {
     .await?;
     // The files were never gone, and are not put back twice.
     backup(&cluster, &["restore", &id]).await?;
-    verify(&cluster, &known, &BTreeMap::new()).await?;
+    verify(&cluster, &id, &known, &BTreeMap::new()).await?;
     cluster.finish()
 }
 
@@ -422,6 +436,6 @@ async fn s3_keeps_backups_as_a_directory_does() -> Result<()> {
 
     let cluster = started(3).await?;
     restore_watched(&cluster, &second, &["--replicas", "3"], count).await?;
-    verify(&cluster, &known, &BTreeMap::new()).await?;
+    verify(&cluster, &second, &known, &BTreeMap::new()).await?;
     cluster.finish()
 }

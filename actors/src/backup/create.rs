@@ -38,7 +38,8 @@ impl Backups {
         names: Option<Vec<String>>,
     ) -> Result<(), Error> {
         let state = self.inner.cluster.fresh_state(Instant::now() + ASK_TIMEOUT).await?;
-        let is_full = names.is_none();
+        // What is being restored is not there yet.
+        let is_full = names.is_none() && state.restoring.is_empty();
         let chosen = chosen(&state, names)?;
         let mut manifest = Manifest::default();
         // The files come last: whatever names one was cut before it.
@@ -68,7 +69,12 @@ impl Backups {
         };
         // What it names must still be there.
         lock.check().await?;
-        target.publish(&head).await
+        target.publish(&head).await?;
+        if let Err(error) = lock.check().await {
+            target.forget(id).await?;
+            return Err(error);
+        }
+        Ok(())
     }
 
     /// A collection; none when it was deleted since the backup began.

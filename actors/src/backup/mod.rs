@@ -18,10 +18,9 @@ mod manifest;
 mod restore;
 mod target;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use futures::{StreamExt, TryStreamExt};
@@ -29,6 +28,7 @@ use parking_lot::Mutex;
 use shoal_engine::backup::Inspection;
 use shoal_proto::{Error, ErrorCode, RequestId};
 use shoal_raft::cluster::Command;
+use tokio::sync::OnceCell;
 
 pub use job::{Job, JobKind, JobState};
 pub use manifest::{Blob, CollectionCopy, FORMAT, Head, Manifest, Object, ShardCopy, Summary};
@@ -62,14 +62,14 @@ pub struct Backups {
 struct Inner {
     config: BackupConfig,
     /// Opened when it is needed first: a target that does not answer must not keep a node from starting.
-    target: Mutex<Option<Target>>,
+    target: OnceCell<Target>,
     cluster: Cluster,
     blobs: BlobStore,
     /// Shards on their way back.
     scratch: PathBuf,
     job: Mutex<Option<Job>>,
-    /// Whether what this node was at before its start is ended.
-    is_clean: AtomicBool,
+    /// Held by a restore, and by whoever ends what restores of this node have left.
+    restoring: tokio::sync::Mutex<()>,
 }
 
 impl Backups {
@@ -93,12 +93,12 @@ impl Backups {
         }
         let inner = Inner {
             config,
-            target: Mutex::default(),
+            target: OnceCell::new(),
             cluster,
             blobs,
             scratch,
             job: Mutex::default(),
-            is_clean: AtomicBool::new(false),
+            restoring: tokio::sync::Mutex::default(),
         };
         Ok(Backups { inner: Arc::new(inner) })
     }
@@ -107,16 +107,17 @@ impl Backups {
     ///
     /// # Errors
     /// Invalid, when that is not set, or is nothing that a backup could go to.
-    pub fn target(&self) -> Result<Target, Error> {
-        let mut target = self.inner.target.lock();
-        if let Some(target) = &*target {
-            return Ok(target.clone());
-        }
-        if self.inner.config.target.is_empty() {
+    pub async fn target(&self) -> Result<Target, Error> {
+        let name = self.inner.config.target.clone();
+        if name.is_empty() {
             let message = "is not set on this node: a directory, or s3://bucket/prefix";
             return Err(Error::invalid("backup.target", message));
         }
-        Ok(target.insert(Target::open(&self.inner.config.target)?).clone())
+        // A directory may be a mount that hangs.
+        let open = || async {
+            tokio::task::spawn_blocking(move || Target::open(&name)).await.map_err(Error::internal)?
+        };
+        Ok(self.inner.target.get_or_try_init(open).await?.clone())
     }
 
     /// What this node does, or did last.
@@ -131,7 +132,7 @@ impl Backups {
     /// Conflict, when this node is at something else, or somebody else uses the target; not found, when
     /// there is no such collection.
     pub async fn create(&self, collections: Option<Vec<String>>) -> Result<Job, Error> {
-        let target = self.target()?;
+        let target = self.target().await?;
         if let Some(names) = &collections {
             let state = self.inner.cluster.state();
             names.iter().try_for_each(|name| state.collection(name).map(drop))?;
@@ -153,8 +154,8 @@ impl Backups {
     ///
     /// # Errors
     /// Conflict, when this node is at something else.
-    pub fn verify(&self, id: &str) -> Result<Job, Error> {
-        let target = self.target()?;
+    pub async fn verify(&self, id: &str) -> Result<Job, Error> {
+        let target = self.target().await?;
         let this = self.clone();
         self.begin(JobKind::Verify, id, async move |id| {
             let head = target.head(&id).await?;
@@ -204,13 +205,9 @@ impl Backups {
     /// Begins to put a backup back.
     ///
     /// # Errors
-    /// Conflict, when this node is at something else; unavailable, when it has just started and has not
-    /// ended yet what it was at.
-    pub fn restore(&self, id: &str, options: RestoreOptions) -> Result<Job, Error> {
-        let target = self.target()?;
-        if !self.inner.is_clean.load(Ordering::Acquire) {
-            return Err(Error::unavailable("this node has just started; try again in a moment"));
-        }
+    /// Conflict, when this node is at something else.
+    pub async fn restore(&self, id: &str, options: RestoreOptions) -> Result<Job, Error> {
+        let target = self.target().await?;
         let this = self.clone();
         self.begin(JobKind::Restore, id, async move |id| this.restore_now(&target, &id, options).await)
     }
@@ -220,7 +217,7 @@ impl Backups {
     /// # Errors
     /// Not found; conflict, when this node is at something else, or somebody else uses the target.
     pub async fn delete(&self, id: &str) -> Result<Job, Error> {
-        let target = self.target()?;
+        let target = self.target().await?;
         target.head(id).await?;
         self.begin_locked(JobKind::Delete, id, target, async move |target, lock, id| {
             lock.check().await?;
@@ -231,17 +228,28 @@ impl Backups {
     }
 
     /// Deletes this cluster's oldest backups, so that as many stay as are to be kept: of those that hold
-    /// everything, and of the others. Never the one that was just made.
+    /// everything, and of those of the same collections. Never the one that was just made, and none while
+    /// one is being restored.
     async fn retire(&self, target: &Target, lock: &Lock, made: &str) -> Result<(), Error> {
         let keep = self.inner.config.keep;
         if keep == 0 {
             return Ok(());
         }
-        let cluster_id = self.inner.cluster.state().cluster_id.clone();
+        let state = self.inner.cluster.fresh_state(Instant::now() + LEFTOVERS_TIMEOUT).await?;
+        let reports = self.inner.cluster.reports().await;
+        let is_restore = |job: &Job| job.kind == JobKind::Restore && job.state == JobState::Running;
+        let restores = reports.values().filter_map(|report| report.job.as_ref()).any(is_restore);
+        if restores || !state.restoring.is_empty() {
+            tracing::info!("no backup is deleted while one is restored");
+            return Ok(());
+        }
         let heads = target.heads().await?;
-        for is_full in [true, false] {
-            let ours = heads.iter().filter(|head| head.cluster_id == cluster_id && head.is_full == is_full);
-            let ours: Vec<&Head> = ours.collect();
+        let mut alike: BTreeMap<Vec<&str>, Vec<&Head>> = BTreeMap::new();
+        for head in heads.iter().filter(|head| head.cluster_id == state.cluster_id) {
+            let names = head.collections.iter().map(|collection| collection.name.as_str());
+            alike.entry(if head.is_full { Vec::new() } else { names.collect() }).or_default().push(head);
+        }
+        for ours in alike.values() {
             let surplus = &ours[..ours.len().saturating_sub(keep)];
             for head in surplus.iter().filter(|head| head.id != made) {
                 lock.check().await?;
@@ -255,25 +263,30 @@ impl Backups {
         Ok(())
     }
 
-    /// Ends the restores that this node was at when its process ended: nobody would.
+    /// Ends the restores that this node has left half-way, because its process ended or the cluster did not
+    /// answer: nobody else would.
     pub(crate) fn end_leftovers(&self) {
         let this = self.clone();
         tokio::spawn(async move {
-            while let Err(error) = this.try_end_leftovers().await {
-                tracing::debug!(%error, "restores of before the start will be ended later");
+            loop {
+                let _alone = this.inner.restoring.lock().await;
+                match this.try_end_leftovers().await {
+                    Ok(()) => return,
+                    Err(error) => tracing::debug!(%error, "what restores have left will be ended later"),
+                }
                 tokio::time::sleep(LEFTOVERS_PAUSE).await;
             }
-            this.inner.is_clean.store(true, Ordering::Release);
         });
     }
 
+    /// As [`Backups::end_leftovers`], once, while no restore of this node runs.
     async fn try_end_leftovers(&self) -> Result<(), Error> {
         let cluster = &self.inner.cluster;
         let state = cluster.fresh_state(Instant::now() + LEFTOVERS_TIMEOUT).await?;
         let ours = state.restoring.values().filter(|restore| restore.node == cluster.node());
         let ours: BTreeSet<RequestId> = ours.map(|restore| restore.id).collect();
         for restore in ours {
-            tracing::warn!("a restore that this node was at when it ended has left nothing");
+            tracing::warn!("a restore that this node has left half-way is ended");
             cluster.control(Command::AbortRestore { restore }, Instant::now() + LEFTOVERS_TIMEOUT).await?;
         }
         Ok(())
@@ -297,24 +310,22 @@ impl Backups {
     where
         F: Future<Output = Result<(), Error>> + Send + 'static,
     {
-        let lock = Arc::new(target.lock(&self.holder(backup)).await?);
-        let (sender, taken) = tokio::sync::oneshot::channel();
-        let begun = self.begin(kind, backup, async move |id| {
-            let lock: Arc<Lock> = taken.await.map_err(Error::internal)?;
-            let ran = run(target, lock.clone(), id).await;
-            lock.release().await;
-            ran
-        });
-        match begun {
-            Ok(job) => {
-                drop(sender.send(lock));
-                Ok(job)
-            }
-            Err(error) => {
+        let (this, backup) = (self.clone(), backup.to_owned());
+        // A task of its own: a client that goes away must not leave the lock behind.
+        let begun = tokio::spawn(async move {
+            let lock = Arc::new(target.lock(&this.holder(&backup)).await?);
+            let taken = lock.clone();
+            let begun = this.begin(kind, &backup, async move |id| {
+                let ran = run(target, taken.clone(), id).await;
+                taken.release().await;
+                ran
+            });
+            if begun.is_err() {
                 lock.release().await;
-                Err(error)
             }
-        }
+            begun
+        });
+        begun.await.map_err(Error::internal)?
     }
 
     fn begin<F>(&self, kind: JobKind, backup: &str, run: impl FnOnce(String) -> F) -> Result<Job, Error>

@@ -70,6 +70,8 @@ impl Backups {
         id: &str,
         options: RestoreOptions,
     ) -> Result<(), Error> {
+        let _alone = self.inner.restoring.lock().await;
+        self.try_end_leftovers().await?;
         let head = target.head(id).await?;
         let manifest = target.manifest(&head).await?;
         let chosen = chosen(&manifest, options.collections.as_deref())?;
@@ -199,8 +201,13 @@ impl Restore<'_> {
 
     /// A shard's copy, in files of this node, checked.
     async fn copy(&self, shard: &ShardCopy) -> Result<Arc<ScratchCopy>, Error> {
-        if !self.backups.inner.cluster.is_writable() {
-            return Err(Error::new(ErrorCode::DiskFull, "the disk's reserve is reached on this node"));
+        let cluster = &self.backups.inner.cluster;
+        let full =
+            || Error::new(ErrorCode::DiskFull, "this node's disk has no room for a shard on its way back");
+        // Its pieces, and as much again for what the store makes of them.
+        let needed = 2 * shard.pieces.iter().map(|piece| piece.bytes).sum::<u64>();
+        if !cluster.is_writable() || cluster.disk_free_bytes() < needed {
+            return Err(full());
         }
         let dir = self.backups.inner.scratch.join(uuid::Uuid::new_v4().to_string());
         let made = {
@@ -215,6 +222,9 @@ impl Restore<'_> {
         let mut pieces = gets.buffered(AT_ONCE);
         while let Some(piece) = pieces.try_next().await? {
             self.note_bytes(piece.len() as u64);
+            if !cluster.is_writable() {
+                return Err(full());
+            }
             copy = blocking(move || copy.archive.take(&piece).map(|()| copy)).await?;
         }
         drop(pieces);
@@ -400,10 +410,11 @@ impl Restore<'_> {
         }
     }
 
-    /// Takes away what was begun. What cannot be taken away now stays unseen, until this node starts again.
+    /// Takes away what was begun. What cannot be taken away now stays unseen, until it can.
     async fn give_up(&self) {
         if let Err(error) = self.control(cluster::Command::AbortRestore { restore: self.id }).await {
-            tracing::warn!(%error, "what a failed restore has begun is still there, unseen, until this node starts again");
+            tracing::warn!(%error, "what a failed restore has begun is still there, unseen, and will be ended later");
+            self.backups.end_leftovers();
         }
     }
 }

@@ -35,6 +35,9 @@ use crate::cluster::unix_now;
 const LOCK_SECONDS: u64 = 300;
 /// How often it is renewed.
 const RENEW_EVERY: Duration = Duration::from_secs(60);
+/// How long one renewal may take, and the pause before a failed one is tried again.
+const RENEW_TIMEOUT: Duration = Duration::from_secs(30);
+const RENEW_PAUSE: Duration = Duration::from_secs(5);
 /// Who could not renew it for so long does not rely on it any more.
 const RELY_ON_LOCK: Duration = Duration::from_secs(200);
 /// Whether the lock still holds is asked again after so many deletions.
@@ -250,6 +253,7 @@ impl Target {
                 if u64::is_multiple_of(count, DELETIONS_A_CHECK) {
                     lock.check().await?;
                 }
+                lock.check_age()?;
                 self.store.delete(&meta.location).await.map_err(|error| self.failed(&error))?;
                 count += 1;
                 bytes += meta.size;
@@ -273,7 +277,7 @@ impl Target {
                 "{} is in use by {}; should that be gone, it is free in {} s",
                 self.name,
                 held.holder,
-                held.until - unix_now()
+                held.until.saturating_sub(unix_now())
             );
             return Err(Error::new(ErrorCode::Conflict, message));
         }
@@ -294,20 +298,26 @@ impl Target {
         let renewed = Arc::new(Mutex::new(Instant::now()));
         let (target, noted, holder) = (self.clone(), renewed.clone(), holder.to_owned());
         let renewal = tokio::spawn(async move {
+            let mut pause = RENEW_EVERY;
             loop {
-                tokio::time::sleep(RENEW_EVERY).await;
+                tokio::time::sleep(pause).await;
                 let now = Instant::now();
                 let text = lock_file(&holder, unix_now() + LOCK_SECONDS);
-                match target.store.put(&lock_path(number), text.into()).await {
-                    Ok(_) => *noted.lock() = now,
-                    Err(error) => {
-                        tracing::warn!(%error, "the lock of the backup target could not be renewed")
-                    }
+                let path = lock_path(number);
+                let put = tokio::time::timeout(RENEW_TIMEOUT, target.store.put(&path, text.into()));
+                let is_renewed = matches!(put.await, Ok(Ok(_)));
+                pause = if is_renewed { RENEW_EVERY } else { RENEW_PAUSE };
+                match is_renewed {
+                    true => *noted.lock() = now,
+                    false => tracing::warn!("the lock of the backup target could not be renewed"),
                 }
             }
         });
         let lock = Lock { target: self.clone(), number, renewed, renewal };
-        lock.check().await?;
+        if let Err(error) = lock.check().await {
+            lock.release().await;
+            return Err(error);
+        }
         Ok(lock)
     }
 
@@ -328,12 +338,22 @@ impl Lock {
     /// # Errors
     /// Conflict, when it was lost.
     pub(crate) async fn check(&self) -> Result<(), Error> {
-        let is_fresh = self.renewed.lock().elapsed() < RELY_ON_LOCK;
-        if is_fresh && self.target.locks().await?.last() == Some(&self.number) {
-            return Ok(());
+        self.check_age()?;
+        match self.target.locks().await?.last() == Some(&self.number) {
+            true => self.check_age(),
+            false => Err(self.lost()),
         }
+    }
+
+    /// As [`Lock::check`], as far as it can be known without asking.
+    fn check_age(&self) -> Result<(), Error> {
+        let is_fresh = self.renewed.lock().elapsed() < RELY_ON_LOCK;
+        if is_fresh { Ok(()) } else { Err(self.lost()) }
+    }
+
+    fn lost(&self) -> Error {
         let message = format!("the lock of {} was lost: it was not reached for too long", self.target.name);
-        Err(Error::new(ErrorCode::Conflict, message))
+        Error::new(ErrorCode::Conflict, message)
     }
 
     /// Gives the right back. The file stays, so that its number is not given out again.

@@ -60,7 +60,7 @@ fn begun(job: &Job) -> (StatusCode, Json<Value>) {
     responses(OperatorAnswers)
 )]
 async fn list(State(app): State<App>) -> Result<Json<Value>, Problem> {
-    let target = app.running()?.backups.target()?;
+    let target = app.running()?.backups.target().await?;
     let heads: Vec<Value> = target.heads().await?.iter().map(head_shape).collect();
     Ok(Json(json!({"target": target.name(), "backups": heads})))
 }
@@ -104,7 +104,7 @@ async fn create(State(app): State<App>, body: Bytes) -> Result<(StatusCode, Json
     responses(OperatorAnswers),
 )]
 async fn get(State(app): State<App>, Path(id): Path<String>) -> Result<Json<Value>, Problem> {
-    let target = app.running()?.backups.target()?;
+    let target = app.running()?.backups.target().await?;
     let head = target.head(&id).await?;
     let mut shape = head_shape(&head);
     shape["manifest"] = json!(target.manifest(&head).await?);
@@ -134,7 +134,7 @@ async fn verify(
     State(app): State<App>,
     Path(id): Path<String>,
 ) -> Result<(StatusCode, Json<Value>), Problem> {
-    Ok(begun(&app.running()?.backups.verify(&id)?))
+    Ok(begun(&app.running()?.backups.verify(&id).await?))
 }
 
 #[derive(Default, Deserialize, ToSchema)]
@@ -166,5 +166,5 @@ async fn restore(
         shard_count: request.shard_number,
         replication_factor: request.replication_factor,
     };
-    Ok(begun(&app.running()?.backups.restore(&id, options)?))
+    Ok(begun(&app.running()?.backups.restore(&id, options).await?))
 }

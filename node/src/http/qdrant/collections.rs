@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use shoal_actors::Cluster;
 use shoal_engine::command::{self, Answer, Read, Stats};
 use shoal_proto::{CollectionConfig, Distance, Error, FieldType, GraphType, Position, VectorParams};
-use shoal_raft::cluster::{Command, Response as ControlResponse};
+use shoal_raft::cluster::{ClusterState, Command, Response as ControlResponse};
 use utoipa::ToSchema;
 
 use super::shapes::envelope;
@@ -341,7 +341,8 @@ pub(super) async fn delete(
     let command = Command::DeleteCollection { request_id: context.request_id, name: name.clone() };
     let cluster = &app.running()?.cluster;
     let response = cluster.control(command, context.deadline).await?;
-    cluster.wait_state(context.deadline, |state| !state.collections.contains_key(&name)).await?;
+    let is_gone = |state: &std::sync::Arc<ClusterState>| state.collection(&name).is_err();
+    cluster.wait_state(context.deadline, is_gone).await?;
     Ok(envelope(response != ControlResponse::Absent, started, &Position::default()))
 }
 
