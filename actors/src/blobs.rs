@@ -15,12 +15,13 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use futures::Stream;
 use shoal_proto::peer::{GetBlobRequest, Piece};
-use shoal_proto::{BlobHash, Error, ErrorCode, NodeId, ShardId, codec};
+use shoal_proto::{BlobHash, DocumentId, Error, ErrorCode, NodeId, ShardId, codec};
 use shoal_raft::Lane;
 use shoal_raft::cluster::ClusterState;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio_stream::StreamExt;
 
+use crate::FILES_COLLECTION;
 use crate::cluster::Cluster;
 
 /// Bytes in one piece of a blob on its way between nodes.
@@ -388,6 +389,21 @@ pub async fn fetch(
     Err(Error::unavailable(format!(
         "blob {hash} could not be read from any replica of shard {shard}: {reason}"
     )))
+}
+
+/// The original bytes of a document, which are beside the files' shard.
+///
+/// # Errors
+/// Unavailable when there is no collection of files that can be used, and as [`fetch`].
+pub async fn fetch_original(
+    cluster: &Cluster,
+    store: &BlobStore,
+    document: DocumentId,
+    hash: BlobHash,
+) -> Result<Vec<u8>, Error> {
+    let state = cluster.state();
+    let (_, files) = state.collection(FILES_COLLECTION).map_err(|error| Error::unavailable(error.message))?;
+    fetch(cluster, store, state.shard_of(files, document.route()), hash).await
 }
 
 async fn keep(store: &BlobStore, shard: ShardId, hash: BlobHash, bytes: &[u8]) {

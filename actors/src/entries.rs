@@ -1,11 +1,23 @@
-//! How points are cut into log entries: what the edge, ingest and a restore share.
+//! How points are split over shards and cut into log entries: what the edge, ingest and a restore share.
+
+use std::collections::BTreeMap;
 
 use shoal_engine::command::Point;
+use shoal_proto::{PointId, ShardId};
 
 use crate::limits::{MAX_ENTRY_BYTES, MAX_POINTS_PER_ENTRY};
 
 /// What a point takes in an entry besides its payload and vectors, in bytes, about.
 const POINT_BYTES: usize = 64;
+
+/// The points that go to each shard, in their order.
+pub fn by_shard(points: Vec<Point>, shard_of: impl Fn(PointId) -> ShardId) -> BTreeMap<ShardId, Vec<Point>> {
+    let mut split: BTreeMap<ShardId, Vec<Point>> = BTreeMap::new();
+    for point in points {
+        split.entry(shard_of(point.id)).or_default().push(point);
+    }
+    split
+}
 
 /// Cuts points into entries of at most [`MAX_POINTS_PER_ENTRY`] points and about [`MAX_ENTRY_BYTES`].
 pub fn entries(points: Vec<Point>) -> Vec<Vec<Point>> {
@@ -31,8 +43,6 @@ pub fn entries(points: Vec<Point>) -> Vec<Vec<Point>> {
 
 #[cfg(test)]
 mod tests {
-    use shoal_proto::PointId;
-
     use super::*;
 
     fn point(number: u64, bytes: usize) -> Point {

@@ -20,14 +20,15 @@ use ractor_cluster::RactorMessage;
 use serde_json::{Map, Value, json};
 use shoal_engine::command::{Answer, Command, Document, DocumentState, Outcome, Point, Read, Stage};
 use shoal_proto::{CollectionConfig, EmbedderConfig, Error, ErrorCode, ShardId};
+use shoal_raft::cluster::Shard;
 use tokio::task::JoinHandle;
 
+use crate::blobs;
 use crate::cluster::Cluster;
 use crate::embed::TextKind;
 use crate::entries::entries;
 use crate::parse::chunk::{Chunk, chunk};
 use crate::work::Work;
-use crate::{FILES_COLLECTION, blobs};
 
 /// How often new documents are looked for.
 const TICK: Duration = Duration::from_millis(100);
@@ -115,9 +116,9 @@ impl IngestsState {
         self.resting.retain(|_, until| *until > now);
         let state = self.arguments.cluster.state();
         for (shard, local) in self.arguments.cluster.local_shards() {
-            let known = state.shards.get(&shard).map(|shard| state.collection(&shard.collection));
             // What is being restored has not all of its files yet.
-            if !matches!(known, Some(Ok(_))) {
+            let is_usable = |shard: &Shard| state.collection(&shard.collection).is_ok();
+            if !state.shards.get(&shard).is_some_and(is_usable) {
                 continue;
             }
             let Some(embedder) = local.shard.config().embedder.clone() else { continue };
@@ -240,7 +241,8 @@ impl Job {
             );
             return Err(Error::new(ErrorCode::Unprocessable, reason));
         }
-        let bytes = self.bytes().await?;
+        let Document { id, blob, .. } = self.document;
+        let bytes = blobs::fetch_original(&self.cluster, self.work.blobs(), id, blob).await?;
         self.note(Stage::Parsing, 0, true).await?;
         let parsed = self.work.parse(&self.document.filename, bytes).await?;
         let (model, chunker) = (self.embedder.model.clone(), self.document.chunker);
@@ -249,15 +251,6 @@ impl Job {
         let chunks =
             tokio::task::spawn_blocking(cut).await.map_err(|_| Error::internal("chunking panicked"))?;
         chunks.map_err(|reason| Error::new(ErrorCode::Unprocessable, reason))
-    }
-
-    /// The original bytes, which are beside the files' shard.
-    async fn bytes(&self) -> Result<Vec<u8>, Error> {
-        let state = self.cluster.state();
-        let (_, files) =
-            state.collection(FILES_COLLECTION).map_err(|error| Error::unavailable(error.message))?;
-        let shard = state.shard_of(files, self.document.id.route());
-        blobs::fetch(&self.cluster, self.work.blobs(), shard, self.document.blob).await
     }
 
     fn point(&self, index: u32, chunk: &Chunk, vector: Vec<f32>, attributes: &Map<String, Value>) -> Point {

@@ -295,11 +295,10 @@ impl Store {
     }
 
     fn open_value(&self, key: &[u8], stored: &[u8]) -> Result<Vec<u8>> {
-        let (kind, body) = unseal(key, stored)?;
-        if kind == PLAIN {
-            return Ok(body.to_vec());
-        }
-        let count = u32::from_le_bytes(body.try_into().map_err(|_| damaged(key, "bad part count"))?);
+        let count = match unparted(key, stored)? {
+            Stored::Whole(value) => return Ok(value),
+            Stored::Parts(count) => count,
+        };
         let mut value = Vec::new();
         for index in 0..count {
             let part_key = part_key(key, index);
@@ -624,7 +623,7 @@ impl Stored {
     }
 }
 
-/// Opens what an export holds under a key.
+/// Opens what is stored under a key.
 pub(crate) fn unparted(key: &[u8], stored: &[u8]) -> Result<Stored> {
     match unseal(key, stored)? {
         (PLAIN, body) => Ok(Stored::Whole(body.to_vec())),

@@ -1,10 +1,12 @@
 //! What a backup keeps of a shard is all of it; what is not whole is found out; and of a shard in which
 //! little has changed most pieces are the same as before.
 
+mod common;
+
 use std::collections::BTreeSet;
-use std::fs;
 use std::path::Path;
 
+use common::write_frames;
 use shoal_engine::backup::{Archive, Contents, Inspection, cut};
 use shoal_engine::command::{
     Answer, Command, Document, DocumentState, Envelope, FileRecord, Point, Read, Stage,
@@ -38,20 +40,21 @@ fn point(id: u64) -> Point {
     }
 }
 
+fn file(blob: u8) -> FileRecord {
+    FileRecord {
+        id: DocumentId([1; 16]),
+        filename: "a.txt".into(),
+        blob: BlobHash([blob; 32]),
+        bytes: 5,
+        purpose: "assistants".into(),
+        created_at: 1,
+    }
+}
+
 fn pieces(shard: &Shard, dir: &Path) -> (Vec<Vec<u8>>, Contents) {
     let file = dir.join("frames");
     let (_, cursor) = shard.export().expect("exported");
-    let mut frames = Vec::new();
-    let mut frame = |piece: &[u8]| {
-        frames.extend_from_slice(&(piece.len() as u32).to_le_bytes());
-        frames.extend_from_slice(&crc32fast::hash(piece).to_le_bytes());
-        frames.extend_from_slice(piece);
-    };
-    while let Some(piece) = cursor.next_piece().expect("a piece") {
-        frame(&piece);
-    }
-    frame(&[]);
-    fs::write(&file, frames).expect("written");
+    write_frames(&cursor, &file);
     let mut pieces = Vec::new();
     let contents = cut(&file, |piece| {
         pieces.push(piece);
@@ -67,14 +70,7 @@ fn a_copy_is_the_shard_and_little_changes_from_one_to_the_next() {
     for id in 0..POINTS {
         apply(&shard, id + 1, Command::Upsert(vec![point(id)]));
     }
-    let file = FileRecord {
-        id: DocumentId([1; 16]),
-        filename: "long".repeat(5000),
-        blob: BlobHash([2; 32]),
-        bytes: 5,
-        purpose: "assistants".into(),
-        created_at: 1,
-    };
+    let file = FileRecord { filename: "long".repeat(5000), ..file(2) };
     apply(&shard, POINTS + 1, Command::PutFile(file.clone()));
     let accept = Command::AcceptDocument {
         id: DocumentId([3; 16]),
@@ -118,14 +114,6 @@ fn a_copy_is_the_shard_and_little_changes_from_one_to_the_next() {
 fn what_is_put_back_begins_anew_and_replaces_nothing() {
     let dir = tempfile::tempdir().expect("a directory");
     let shard = Shard::open(dir.path(), config()).expect("opened");
-    let file = |blob: u8| FileRecord {
-        id: DocumentId([1; 16]),
-        filename: "a.txt".into(),
-        blob: BlobHash([blob; 32]),
-        bytes: 5,
-        purpose: "assistants".into(),
-        created_at: 1,
-    };
     apply(&shard, 1, Command::RestoreFile(file(1)));
     apply(&shard, 2, Command::RestoreFile(file(2)));
     let found = shard.read(&Read::GetFile(DocumentId([1; 16]))).expect("readable").1;

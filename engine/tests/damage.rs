@@ -1,8 +1,11 @@
 //! A flipped bit in a store is found, or hits what nobody needs: nothing wrong is ever read.
 
+mod common;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use common::write_frames;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use shoal_engine::command::{Answer, Command, Envelope, Point, Read, Select};
@@ -147,15 +150,7 @@ fn replicas_have_the_same_sums_however_they_came_to_their_state() {
     // The other one goes on from a copy of the first.
     let (tag, cursor) = one.export().expect("exported");
     let file = dir.path().join("frames");
-    let mut frames = Vec::new();
-    while let Some(piece) = cursor.next_piece().expect("a piece") {
-        frames.extend_from_slice(&(piece.len() as u32).to_le_bytes());
-        frames.extend_from_slice(&crc32fast::hash(&piece).to_le_bytes());
-        frames.extend_from_slice(&piece);
-    }
-    frames.extend_from_slice(&0u32.to_le_bytes());
-    frames.extend_from_slice(&crc32fast::hash(&[]).to_le_bytes());
-    fs::write(&file, frames).expect("written");
+    write_frames(&cursor, &file);
     other.install(&tag.expect("a tag"), &file).expect("installed");
     apply(&one, 600..800);
     apply(&other, 600..800);

@@ -5,9 +5,12 @@
 //! from the last checkpoint, and the log's entries after that checkpoint are applied again, as
 //! Raft would. A *kill* keeps the files as they are, as kill -9 does.
 
+mod common;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use common::write_frames;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use shoal_engine::command::{
@@ -179,14 +182,7 @@ impl Rig {
                 let (tag, cursor) = self.shard().export().expect("exports");
                 let Some(tag) = tag else { return };
                 let file = self.dir.path().join("snapshot");
-                let mut frames = Vec::new();
-                while let Some(piece) = cursor.next_piece().expect("readable") {
-                    frames.extend_from_slice(&(piece.len() as u32).to_le_bytes());
-                    frames.extend_from_slice(&crc32fast::hash(&piece).to_le_bytes());
-                    frames.extend_from_slice(&piece);
-                }
-                frames.extend_from_slice(&[0; 8]);
-                std::fs::write(&file, frames).expect("writable");
+                write_frames(&cursor, &file);
                 self.shard().install(&tag, &file).expect("installs");
                 self.checkpoint();
             }

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use shoal_engine::backup::{Contents, cut};
 use shoal_engine::command::Read;
-use shoal_proto::{DocumentId, Error, ErrorCode, NodeId, ShardId};
+use shoal_proto::{Error, ErrorCode, NodeId, ShardId};
 use shoal_raft::ReceivedFile;
 use shoal_raft::cluster::ClusterState;
 use tokio_stream::wrappers::ReceiverStream;
@@ -224,8 +224,9 @@ impl Backups {
             if target.has(&object).await? {
                 self.note(|job| job.bytes_done += object.bytes);
             } else {
-                match self.blob(*document, object).await {
-                    Ok(bytes) => self.put(target, bytes).await.map(drop)?,
+                let Backups { inner } = self;
+                match blobs::fetch_original(&inner.cluster, &inner.blobs, *document, object.hash).await {
+                    Ok(bytes) => self.put(target, bytes.into()).await.map(drop)?,
                     Err(error) => return Ok(Err(error)),
                 }
             }
@@ -236,15 +237,6 @@ impl Backups {
         let kept: Vec<Result<Blob, Error>> =
             futures::stream::iter(kept).buffered(LARGE_AT_ONCE).try_collect().await?;
         Ok(kept.into_iter().collect())
-    }
-
-    /// The bytes of a file, which are beside the files' shard.
-    async fn blob(&self, document: DocumentId, object: Object) -> Result<Bytes, Error> {
-        let state = self.inner.cluster.state();
-        let (_, files) = state.collection(FILES_COLLECTION)?;
-        let shard = state.shard_of(files, document.route());
-        let bytes = blobs::fetch(&self.inner.cluster, &self.inner.blobs, shard, object.hash).await?;
-        Ok(bytes.into())
     }
 }
 

@@ -23,7 +23,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use futures::{StreamExt, TryStreamExt};
+use futures::TryStreamExt;
 use parking_lot::Mutex;
 use shoal_engine::backup::Inspection;
 use shoal_proto::{Error, ErrorCode, RequestId};
@@ -175,14 +175,10 @@ impl Backups {
         let damaged = |error: &dyn std::fmt::Display| {
             Error::internal(format!("shard {} cannot be restored from this backup: {error}", shard.shard))
         };
-        let get = |object: Object| {
-            let target = target.clone();
-            async move { target.get(&object).await }
-        };
         let mut inspection = Inspection::default();
-        let mut pieces = futures::stream::iter(shard.pieces.clone()).map(get).buffered(AT_ONCE);
+        let mut pieces = target.get_all(shard.pieces.clone(), AT_ONCE);
         while let Some(piece) = pieces.try_next().await? {
-            self.note(|job| job.bytes_done += piece.len() as u64);
+            self.note_bytes(piece.len() as u64);
             let looked = move || inspection.take(&piece).map(|()| inspection);
             inspection = tokio::task::spawn_blocking(looked)
                 .await
@@ -195,9 +191,9 @@ impl Backups {
             return Err(damaged(&format!("it holds {found:?} points, documents and files")));
         }
         let objects: Vec<Object> = shard.blobs.iter().map(|blob| blob.object).collect();
-        let mut blobs = futures::stream::iter(objects).map(get).buffered(LARGE_AT_ONCE);
+        let mut blobs = target.get_all(objects, LARGE_AT_ONCE);
         while let Some(blob) = blobs.try_next().await? {
-            self.note(|job| job.bytes_done += blob.len() as u64);
+            self.note_bytes(blob.len() as u64);
         }
         Ok(())
     }
@@ -356,6 +352,11 @@ impl Backups {
             });
         });
         Ok(job)
+    }
+
+    /// Notes that so many bytes more were read or written.
+    fn note_bytes(&self, bytes: u64) {
+        self.note(|job| job.bytes_done += bytes);
     }
 
     fn note(&self, change: impl FnOnce(&mut Job)) {

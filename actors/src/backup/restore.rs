@@ -1,13 +1,13 @@
 //! Putting a backup back.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::{StreamExt, TryStreamExt};
 use shoal_engine::backup::Archive;
-use shoal_engine::command::{Answer, Command, Document, FileRecord, Point, Read};
+use shoal_engine::command::{Answer, Command, Document, FileRecord, Read};
 use shoal_proto::{CollectionConfig, DocumentId, Error, ErrorCode, RequestId, ShardId};
 use shoal_raft::cluster::{self, ClusterState};
 
@@ -17,7 +17,7 @@ use super::target::{AT_ONCE, LARGE_AT_ONCE, Target};
 use crate::FILES_COLLECTION;
 use crate::blobs;
 use crate::cluster::ReadOptions;
-use crate::entries::entries;
+use crate::entries::{by_shard, entries};
 
 /// How long the cluster may take for one step: long enough for an election.
 const STEP_TIMEOUT: Duration = Duration::from_secs(60);
@@ -195,10 +195,6 @@ impl Restore<'_> {
         self.backups.note(|job| job.at = at);
     }
 
-    fn note_bytes(&self, bytes: u64) {
-        self.backups.note(|job| job.bytes_done += bytes);
-    }
-
     /// A shard's copy, in files of this node, checked.
     async fn copy(&self, shard: &ShardCopy) -> Result<Arc<ScratchCopy>, Error> {
         let cluster = &self.backups.inner.cluster;
@@ -215,19 +211,14 @@ impl Restore<'_> {
             blocking(move || Archive::create(&dir)).await?
         };
         let mut copy = ScratchCopy { archive: made, _dir: Scratch(dir) };
-        let gets = futures::stream::iter(shard.pieces.clone()).map(|piece| {
-            let target = self.target.clone();
-            async move { target.get(&piece).await }
-        });
-        let mut pieces = gets.buffered(AT_ONCE);
+        let mut pieces = self.target.get_all(shard.pieces.clone(), AT_ONCE);
         while let Some(piece) = pieces.try_next().await? {
-            self.note_bytes(piece.len() as u64);
+            self.backups.note_bytes(piece.len() as u64);
             if !cluster.is_writable() {
                 return Err(full());
             }
             copy = blocking(move || copy.archive.take(&piece).map(|()| copy)).await?;
         }
-        drop(pieces);
         blocking(move || copy.archive.check().map(|()| Arc::new(copy))).await
     }
 
@@ -244,13 +235,10 @@ impl Restore<'_> {
             if points.is_empty() {
                 return Ok(());
             }
-            let mut split: BTreeMap<ShardId, Vec<Point>> = BTreeMap::new();
-            for point in points {
-                split.entry(to.shard_of(point.id.route())).or_default().push(point);
-            }
-            let parts = split.into_iter().flat_map(|(shard, points)| {
-                entries(points).into_iter().map(move |entry| (shard, Command::Upsert(entry)))
-            });
+            let parts =
+                by_shard(points, |id| to.shard_of(id.route())).into_iter().flat_map(|(shard, points)| {
+                    entries(points).into_iter().map(move |entry| (shard, Command::Upsert(entry)))
+                });
             let parts: Vec<_> = parts.collect();
             let writes = parts.into_iter().map(|(shard, command)| {
                 number += 1;
@@ -305,6 +293,10 @@ impl Restore<'_> {
         let blob = self.bytes(shard, object).await?;
         let what = format!("{}/{}", FILES_COLLECTION, file.id);
         self.write(shard, what, Command::RestoreFile(file)).await?;
+        self.settle(blob).await
+    }
+
+    async fn settle(&self, blob: blobs::Replicated) -> Result<(), Error> {
         let Backups { inner } = self.backups;
         blob.settle(&inner.cluster, &inner.blobs, Instant::now() + STEP_TIMEOUT).await
     }
@@ -315,7 +307,7 @@ impl Restore<'_> {
         let mut upload = inner.blobs.begin().await.map_err(Error::internal)?;
         upload.write(&bytes).await.map_err(Error::internal)?;
         let replicated = blobs::replicate(&inner.cluster, &inner.blobs, shard, upload).await?;
-        self.note_bytes(object.bytes);
+        self.backups.note_bytes(object.bytes);
         Ok(replicated)
     }
 
@@ -361,9 +353,8 @@ impl Restore<'_> {
         let place = to.shard_of(document.id.route());
         let what = format!("{}/document/{}", to.name, document.id);
         self.write(place, what, Command::RestoreDocument(Box::new(document))).await?;
-        let Backups { inner } = self.backups;
         match kept {
-            Some(kept) => kept.settle(&inner.cluster, &inner.blobs, Instant::now() + STEP_TIMEOUT).await,
+            Some(kept) => self.settle(kept).await,
             None => Ok(()),
         }
     }
@@ -427,17 +418,13 @@ struct ScratchCopy {
 }
 
 /// A directory that is deleted when nobody needs it any more.
-struct Scratch(std::path::PathBuf);
+struct Scratch(PathBuf);
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        remove(&self.0);
-    }
-}
-
-fn remove(dir: &Path) {
-    if let Err(error) = std::fs::remove_dir_all(dir) {
-        tracing::warn!(%error, dir = %dir.display(), "a shard on its way back could not be deleted");
+        if let Err(error) = std::fs::remove_dir_all(&self.0) {
+            tracing::warn!(%error, dir = %self.0.display(), "a shard on its way back could not be deleted");
+        }
     }
 }
 

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use futures::{StreamExt, TryStreamExt};
+use futures::{Stream, StreamExt, TryStreamExt};
 use object_store::ClientConfigKey;
 use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
 use object_store::local::LocalFileSystem;
@@ -152,6 +152,20 @@ impl Target {
             true => Ok(bytes),
             false => Err(damaged("is damaged")),
         }
+    }
+
+    /// Reads objects in their order, so many at once.
+    pub(crate) fn get_all(
+        &self,
+        objects: Vec<Object>,
+        at_once: usize,
+    ) -> impl Stream<Item = Result<Bytes, Error>> + Send + use<> {
+        let target = self.clone();
+        let get = move |object: Object| {
+            let target = target.clone();
+            async move { target.get(&object).await }
+        };
+        futures::stream::iter(objects).map(get).buffered(at_once)
     }
 
     async fn read(&self, path: &Path) -> Result<Option<Bytes>, Error> {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use futures::future::try_join_all;
 use shoal_actors::Cluster;
-use shoal_actors::entries::entries;
+use shoal_actors::entries::{by_shard, entries};
 use shoal_actors::search::{Gathered, gather};
 use shoal_engine::command::{Answer, Command, Outcome, Point, Read, Target};
 use shoal_proto::{CollectionConfig, Error, PointId, Position, ShardId};
@@ -94,11 +94,7 @@ pub async fn upsert(
             }
         })?;
     }
-    let mut split: BTreeMap<ShardId, Vec<Point>> = BTreeMap::new();
-    for point in points {
-        split.entry(found.shard_of(point.id)).or_default().push(point);
-    }
-    let writes = split.into_iter().map(|(shard, points)| async move {
+    let writes = by_shard(points, |id| found.shard_of(id)).into_iter().map(|(shard, points)| async move {
         let mut index = 0;
         for (number, entry) in entries(points).into_iter().enumerate() {
             let id = context.part_id(&format!("{shard}/{number}"));

@@ -123,8 +123,8 @@ pub enum Command {
         /// The number, from 1.
         replication_factor: u32,
     },
-    /// Makes a collection that nobody sees until its restore is ended, in place of what an earlier
-    /// restore of the same name has left.
+    /// Makes a collection that nobody sees until its restore is ended. Refused while another restore has
+    /// one of that name.
     BeginRestore {
         /// The restore: the same one gets the same collection again.
         restore: RequestId,

@@ -377,11 +377,10 @@ impl ClusterState {
         collections: &BTreeSet<String>,
         aliases: BTreeMap<Alias, String>,
     ) -> Result<Response, Error> {
-        let is_hidden = |name: &&String| self.restoring.contains_key(*name);
+        let is_shown =
+            |name: &String| self.collections.contains_key(name) && !self.restoring.contains_key(name);
         let is_ours = |name: &String| self.restoring.get(name).is_some_and(|by| by.id == restore);
-        if collections.iter().all(|name| self.collections.contains_key(name))
-            && !collections.iter().any(|name| is_hidden(&name))
-        {
+        if collections.iter().all(is_shown) {
             // It was ended already, and the answer was lost.
             return Ok(Response::Done);
         }
