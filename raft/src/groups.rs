@@ -304,7 +304,7 @@ impl Groups {
             }
         }
         if kind == RaftKind::PreVote && group.refuses_pre_vote() {
-            let reason = "the group sleeps under a leader that lives".to_owned();
+            let reason = "the group has a leader that lives, and sleeps or has just woken".to_owned();
             return Err(Error::Timeout { group: id, reason });
         }
         let raft = group.raft.clone();

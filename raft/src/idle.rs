@@ -14,8 +14,8 @@
 //! [`LEADER_NAP`], and a follower that was not asked again wakes after [`FOLLOWER_NAP`].
 //!
 //! The leases that keep a living leader from being deposed run out while a group sleeps. In their
-//! place a sleeping replica refuses pre-votes while its leader's node lives; a sleeping leader
-//! wakes and is heard before the next round.
+//! place a sleeping replica refuses pre-votes while its leader's node lives, and a leader that was
+//! asleep refuses them for as long as its heartbeats need to renew the leases ([`REGAIN`]).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -43,6 +43,9 @@ const SLEEP_TIMEOUT: Duration = Duration::from_millis(500);
 const LEADER_NAP: Duration = Duration::from_secs(10);
 /// The longest that a follower sleeps without being asked again.
 const FOLLOWER_NAP: Duration = Duration::from_secs(30);
+/// How long a leader refuses pre-votes after it woke. Its leases are renewed by the answers to its
+/// first heartbeats; without this, a member that started again just then could take its office.
+const REGAIN: Duration = Duration::from_millis(500);
 
 /// The longest that a replica waits before it wakes because its leader's node is gone, in
 /// milliseconds.
@@ -68,6 +71,8 @@ struct State {
     /// Counts what keeps the replica awake, so that a step that takes time notices it.
     activity: u64,
     asleep: Option<Nap>,
+    /// When it last woke as the leader.
+    regaining: Option<Instant>,
 }
 
 #[derive(Clone, Copy)]
@@ -181,8 +186,12 @@ impl Group {
     pub fn wake(&self) {
         let mut state = self.idle().0.lock();
         state.activity += 1;
-        if state.asleep.take().is_some() {
-            self.raft().runtime_config().tick(true);
+        let Some(nap) = state.asleep.take() else { return };
+        self.raft().runtime_config().tick(true);
+        if nap.leader == self.node() {
+            state.regaining = Some(Instant::now());
+            let raft = self.raft().clone();
+            tokio::spawn(async move { raft.trigger().heartbeat().await });
         }
     }
 
@@ -224,18 +233,19 @@ impl Group {
     }
 
     /// Whether a wish to stand for election comes too early: this replica sleeps, and its leader
-    /// lives as far as is known. A leader that hears of it wakes and makes itself heard; a follower
-    /// sleeps on, because with its own lease run out it would want to be elected too.
+    /// lives as far as is known; or it leads and has only just woken. A leader that hears of it wakes
+    /// and makes itself heard; a follower sleeps on, because with its own lease run out it would want
+    /// to be elected too.
     pub(crate) fn refuses_pre_vote(&self) -> bool {
-        let nap = self.idle().0.lock().asleep;
-        let Some(nap) = nap else { return false };
-        if nap.leader != self.node() {
-            return self.peers().beats().is_not_gone(nap.leader, nap.boot);
+        let State { asleep, regaining, .. } = *self.idle().0.lock();
+        match asleep {
+            Some(nap) if nap.leader == self.node() => {
+                self.wake();
+                true
+            }
+            Some(nap) => self.peers().beats().is_not_gone(nap.leader, nap.boot),
+            None => regaining.is_some_and(|since| since.elapsed() < REGAIN) && self.is_leader(),
         }
-        self.wake();
-        let raft = self.raft().clone();
-        tokio::spawn(async move { raft.trigger().heartbeat().await });
-        true
     }
 
     /// A leader's wish that this replica sleeps. Returns whether it does.
