@@ -3,11 +3,12 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
 use tempfile::TempDir;
 use tokio::sync::{Mutex, MutexGuard};
 
-use crate::client::Client;
+use crate::client::{Client, Request};
 use crate::documents;
 use crate::node::{KEY, Node};
 use crate::settled::{check_converged, check_settled};
@@ -16,6 +17,9 @@ use crate::wait::{say, wait_until};
 
 /// How long the cluster may take to do what it does by itself: elect, replicate, catch up.
 const SETTLE_DEADLINE: Duration = Duration::from_secs(90);
+
+/// How long placement may take to come to rest.
+const REST_DEADLINE: Duration = Duration::from_secs(180);
 
 /// One cluster at a time in a test process: they share two cores and one disk.
 static ALONE: Mutex<()> = Mutex::const_new(());
@@ -210,6 +214,29 @@ impl Cluster {
     pub async fn settled(&self) -> Result<()> {
         wait_until(SETTLE_DEADLINE, "the cluster to settle", || async {
             check_settled(&self.views().await?, self.nodes.len())?;
+            Ok(Some(()))
+        })
+        .await
+    }
+
+    /// Waits until placement has nothing to do and the nodes in use hold as many replicas each as is right.
+    ///
+    /// # Errors
+    /// When that does not happen in time; the message says what is left to do.
+    pub async fn rested(&self, is_right: impl Fn(&[usize]) -> bool) -> Result<()> {
+        wait_until(REST_DEADLINE, "placement to come to rest", || async {
+            let report = self.any().json(&Request::get("/admin/cluster/report")).await?;
+            let plan = &report["placement"];
+            for part in ["steps", "moving", "waiting"] {
+                let left = plan[part].as_array().with_context(|| format!("no plan: {plan}"))?;
+                ensure!(left.is_empty(), "{part}: {left:?}");
+            }
+            let nodes = report["nodes"].as_array().context("no nodes")?.iter();
+            let used = nodes.filter(|node| node["answers"] == json!(true) && node["drain"] == json!("no"));
+            let spread: Vec<usize> =
+                used.filter_map(|node| Some(node["replicas"].as_u64()? as usize)).collect();
+            // The plan may be that of a moment ago.
+            ensure!(is_right(&spread), "the nodes hold {spread:?} replicas");
             Ok(Some(()))
         })
         .await

@@ -24,25 +24,6 @@ const NEEDLES: u64 = 20;
 /// Ids of those, beyond what the writers write.
 const FIRST_NEEDLE: u64 = 1 << 40;
 
-/// Waits until placement has nothing to do and the running nodes hold so many replicas: as it should be.
-async fn rest(cluster: &Cluster, is_right: impl Fn(&[usize]) -> bool) -> Result<()> {
-    wait_until(REST_DEADLINE, "placement to come to rest", || async {
-        let report = cluster.any().json(&Request::get("/admin/cluster/report")).await?;
-        let plan = &report["placement"];
-        for part in ["steps", "moving", "waiting"] {
-            let left = plan[part].as_array().with_context(|| format!("no plan: {plan}"))?;
-            ensure!(left.is_empty(), "{part}: {left:?}");
-        }
-        let nodes = report["nodes"].as_array().context("no nodes")?.iter();
-        let used = nodes.filter(|node| node["answers"] == json!(true) && node["drain"] == json!("no"));
-        let spread: Vec<usize> = used.filter_map(|node| Some(node["replicas"].as_u64()? as usize)).collect();
-        // The plan may be that of a moment ago.
-        ensure!(is_right(&spread), "the nodes hold {spread:?} replicas");
-        Ok(Some(()))
-    })
-    .await
-}
-
 fn file_bytes(number: u32) -> Vec<u8> {
     blake3::hash(&number.to_be_bytes()).to_hex().repeat(2000).into_bytes()
 }
@@ -90,12 +71,12 @@ async fn one_three_five_three_one_under_load() -> Result<()> {
     for at in 1..3 {
         cluster.restart(at).await?;
     }
-    rest(&cluster, |spread| spread == [5, 5, 5]).await?;
+    cluster.rested(|spread| spread == [5, 5, 5]).await?;
     step("3 to 5");
     for at in 3..5 {
         cluster.restart(at).await?;
     }
-    rest(&cluster, |spread| spread == [3; 5]).await?;
+    cluster.rested(|spread| spread == [3; 5]).await?;
     for (at, left) in [(1, 4), (3, 3), (4, 2), (2, 1)] {
         writers.progress(50).await?;
         step(&format!("{} to {left}", left + 1));
@@ -106,7 +87,7 @@ async fn one_three_five_three_one_under_load() -> Result<()> {
             view.nodes.iter().find(|node| node.name == format!("n{}", at + 1)).context("it is known")?.id;
         let held = replicas_of(&view, id);
         ensure!(held == 0, "n{} has stopped and is to hold {held} replicas", at + 1);
-        rest(&cluster, |spread| spread.iter().sum::<usize>() == 5 * left.min(3)).await?;
+        cluster.rested(|spread| spread.iter().sum::<usize>() == 5 * left.min(3)).await?;
     }
     step("end");
     writers.progress(100).await?;
@@ -133,7 +114,7 @@ async fn one_three_five_three_one_under_load() -> Result<()> {
     for at in 1..3 {
         cluster.restart(at).await?;
     }
-    rest(&cluster, |spread| spread == [5, 5, 5]).await?;
+    cluster.rested(|spread| spread == [5, 5, 5]).await?;
     cluster.converged().await?;
     for at in 0..3 {
         verify_files(cluster.client(at), &files).await?;
@@ -148,7 +129,7 @@ async fn operators_drain_move_repair_and_remove() -> Result<()> {
     let mut cluster = Cluster::of(5).env("SHOAL_REPAIR_AFTER", "10").start().await?;
     let any = cluster.any();
     Points::of(&any, "c").create(SHARDS, 3).await?;
-    rest(&cluster, |spread| spread.iter().sum::<usize>() == 12).await?;
+    cluster.rested(|spread| spread.iter().sum::<usize>() == 12).await?;
     let writers = Writers::start(&cluster, "c", 2);
     writers.progress(50).await?;
     let client = cluster.client(0).clone();
@@ -223,7 +204,7 @@ async fn operators_drain_move_repair_and_remove() -> Result<()> {
     let unknown = client.send(&Request::post("/admin/nodes/n9/drain", &json!({}))).await?;
     ensure!(unknown.status == 404, "there is no n9: {}", unknown.text());
     order(Request::post("/admin/placement/resume", &json!({}))).await?;
-    rest(&cluster, |spread| spread.iter().sum::<usize>() == 4 && spread.iter().all(|held| *held > 0)).await?;
+    cluster.rested(|spread| spread.iter().sum::<usize>() == 4 && spread.iter().all(|held| *held > 0)).await?;
     let written = writers.stop().await?;
     written.report("drained, repaired, moved");
     for at in [0, 3, 4] {

@@ -34,7 +34,7 @@ pub(super) async fn run(pace: &Pace, report: &mut Report) -> Result<()> {
     let mut gaps = Vec::new();
     let mut failure = None;
     while gaps.len() < pace.failovers && failure.is_none() && started.elapsed() < LIMIT {
-        match kill_leader(&mut cluster, shard).await {
+        match lose_leader(&mut cluster, COLLECTION, shard, Loss::Killed).await {
             Ok(gap) => gaps.push(gap),
             Err(error) => failure = Some(error.context(format!("kill {}", gaps.len() + 1))),
         }
@@ -46,17 +46,40 @@ pub(super) async fn run(pace: &Pace, report: &mut Report) -> Result<()> {
     }
 }
 
-/// Kills the leader, and returns the time until another has acknowledged a write.
-async fn kill_leader(cluster: &mut Cluster, shard: u64) -> Result<Duration> {
+/// How a leader is lost.
+#[derive(Clone, Copy)]
+pub(super) enum Loss {
+    /// SIGKILL, and started again afterwards.
+    Killed,
+    /// SIGSTOP, and SIGCONT afterwards.
+    Paused,
+}
+
+/// Takes the leader away until another has acknowledged a write, and returns how long that took.
+///
+/// # Errors
+/// When nobody acknowledges it, or the cluster does not settle afterwards.
+pub(super) async fn lose_leader(
+    cluster: &mut Cluster,
+    collection: &str,
+    shard: u64,
+    loss: Loss,
+) -> Result<Duration> {
     let leader = cluster.leader(shard).await?;
     let client = cluster.any_but(&[leader]).with_limits(WRITE_DEADLINE, ATTEMPT_TIMEOUT);
-    let points = Points::of(&client, COLLECTION);
+    let points = Points::of(&client, collection);
     points.upsert(&[point(1, json!({"leader": "old"}))]).await?;
-    let killed = Instant::now();
-    cluster.node_mut(leader).kill()?;
+    let lost = Instant::now();
+    match loss {
+        Loss::Killed => cluster.node_mut(leader).kill()?,
+        Loss::Paused => cluster.node_mut(leader).pause()?,
+    }
     points.upsert(&[point(1, json!({"leader": "new"}))]).await?;
-    let gap = killed.elapsed();
-    cluster.restart(leader).await?;
+    let gap = lost.elapsed();
+    match loss {
+        Loss::Killed => cluster.restart(leader).await?,
+        Loss::Paused => cluster.node_mut(leader).resume()?,
+    }
     cluster.settled().await?;
     Ok(gap)
 }

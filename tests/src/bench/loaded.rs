@@ -1,5 +1,6 @@
 //! One node with all vectors in one collection, and the requests that it is measured with.
 
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -14,7 +15,7 @@ use crate::node::Node;
 use crate::wait::wait_until;
 
 /// The collection with the vectors.
-const COLLECTION: &str = "bench";
+pub(super) const COLLECTION: &str = "bench";
 /// Points in one upsert while loading, and upserts in flight.
 const BATCH: usize = 256;
 const CONCURRENCY: usize = 4;
@@ -49,12 +50,7 @@ impl Loaded {
         let baseline_bytes = process::memory_bytes(cluster.node(0), "VmRSS")?;
 
         let started = Instant::now();
-        let upsert = |first: usize| async move { client.succeed(&batch(vectors, first)?).await };
-        stream::iter((0..vectors.len()).step_by(BATCH))
-            .map(upsert)
-            .buffer_unordered(CONCURRENCY)
-            .try_for_each(|_| future::ready(Ok(())))
-            .await?;
+        fill(client, COLLECTION, vectors, vectors.len()).await?;
         let load_time = started.elapsed();
 
         let started = Instant::now();
@@ -131,26 +127,45 @@ pub(super) fn upsert_request(collection: &str, points: &[String]) -> Request {
     Request::raw("PUT", path, "application/json", body.into_bytes())
 }
 
-fn batch(vectors: &Vectors, first: usize) -> Result<Request> {
-    let end = (first + BATCH).min(vectors.len());
+/// Writes the first `count` vectors.
+///
+/// # Errors
+/// When a write fails.
+pub(super) async fn fill(client: &Client, collection: &str, vectors: &Vectors, count: usize) -> Result<()> {
+    let upsert = |first: usize| async move {
+        let end = (first + BATCH).min(count);
+        client.succeed(&batch(collection, vectors, first..end)?).await
+    };
+    stream::iter((0..count).step_by(BATCH))
+        .map(upsert)
+        .buffer_unordered(CONCURRENCY)
+        .try_for_each(|_| future::ready(Ok(())))
+        .await
+}
+
+fn batch(collection: &str, vectors: &Vectors, ids: Range<usize>) -> Result<Request> {
     let point = |at: usize| {
         let vector = serde_json::to_string(vectors.vector(at))?;
         anyhow::Ok(point_text(at as u64, &vector))
     };
-    let points = (first..end).map(point).collect::<Result<Vec<String>>>()?;
-    Ok(upsert_request(COLLECTION, &points))
+    let points = ids.map(point).collect::<Result<Vec<String>>>()?;
+    Ok(upsert_request(collection, &points))
 }
 
 /// A search for each query, with a filter or without.
 ///
 /// # Errors
 /// When a vector has no JSON form.
-pub(super) fn search_requests(vectors: &Vectors, filter: Option<&Value>) -> Result<Vec<Request>> {
+pub(super) fn search_requests(
+    collection: &str,
+    vectors: &Vectors,
+    filter: Option<&Value>,
+) -> Result<Vec<Request>> {
     let filter = filter.map(|filter| format!(r#","filter":{filter}"#)).unwrap_or_default();
     let request = |at: usize| {
         let query = serde_json::to_string(vectors.query(at))?;
         let body = format!(r#"{{"query":{query},"limit":{TOP}{filter}}}"#);
-        let path = format!("/collections/{COLLECTION}/points/query");
+        let path = format!("/collections/{collection}/points/query");
         anyhow::Ok(Request::raw("POST", path, "application/json", body.into_bytes()))
     };
     (0..vectors.query_count()).map(request).collect()

@@ -4,7 +4,7 @@
 //! ```text
 //!  Bench ─▶ engine (a shard in this process)
 //!        ─▶ search, memory, restart ─▶ Loaded (one node with all vectors, kept between the three)
-//!        ─▶ upsert, cluster, failover, ingest, idle ─▶ a fresh Cluster each
+//!        ─▶ upsert, cluster, failover, recovery, elastic, ingest, idle ─▶ a fresh Cluster each
 //!        ─▶ Report: a row of a Markdown table per measurement, all raw numbers as JSON
 //! ```
 //!
@@ -13,6 +13,7 @@
 //! has the whole run. The load generator runs on the machine that it measures.
 
 mod data;
+mod elastic;
 mod engine;
 mod failover;
 mod graph;
@@ -24,6 +25,7 @@ pub mod machine;
 mod memory;
 mod npy;
 mod process;
+mod recovery;
 mod report;
 mod restart;
 mod search;
@@ -43,7 +45,7 @@ use loaded::Loaded;
 use report::Report;
 
 /// How long the whole run may take.
-const TOTAL_LIMIT: Duration = Duration::from_secs(14 * 60 + 30);
+const TOTAL_LIMIT: Duration = Duration::from_secs(30 * 60);
 
 /// Measures Shoal on this machine and prints a Markdown table.
 #[derive(Clone, Debug, Parser)]
@@ -80,6 +82,10 @@ enum Section {
     Cluster,
     /// From the kill of a leader to the next acknowledged write.
     Failover,
+    /// Silent leaders, restarts, an outage of everything, the death of a node that leads a hundred groups.
+    Recovery,
+    /// A node that is added, drained, replaced; backup and restore.
+    Elastic,
     /// Documents through a node next to the bare model.
     Ingest,
     /// What collections cost that nobody uses.
@@ -88,7 +94,7 @@ enum Section {
 
 impl Section {
     /// In the order they run: search, memory and restart share a node.
-    const ALL: [Section; 9] = [
+    const ALL: [Section; 11] = [
         Section::Engine,
         Section::Search,
         Section::Memory,
@@ -96,6 +102,8 @@ impl Section {
         Section::Upsert,
         Section::Cluster,
         Section::Failover,
+        Section::Recovery,
+        Section::Elastic,
         Section::Ingest,
         Section::Idle,
     ];
@@ -110,6 +118,8 @@ impl Section {
             Section::Upsert => ("upsert", 90),
             Section::Cluster => ("cluster", 180),
             Section::Failover => ("failover", 600),
+            Section::Recovery => ("recovery", 300),
+            Section::Elastic => ("elastic", 420),
             Section::Ingest => ("ingest", 240),
             Section::Idle => ("idle", 150),
         };
@@ -130,6 +140,8 @@ struct Pace {
     write: Duration,
     kills_under_load: usize,
     failovers: usize,
+    recoveries: usize,
+    moved: usize,
     documents: usize,
     idle: Duration,
 }
@@ -145,6 +157,8 @@ impl Pace {
             write: seconds(20, 8),
             kills_under_load: if quick { 1 } else { 3 },
             failovers: if quick { 5 } else { 100 },
+            recoveries: if quick { 3 } else { 10 },
+            moved: if quick { 10_000 } else { 100_000 },
             documents: if quick { 40 } else { 200 },
             idle: seconds(10, 4),
         }
@@ -214,6 +228,8 @@ impl Bench {
             Section::Upsert => upsert::run(vectors, pace, report).await,
             Section::Cluster => three_nodes::run(pace, report).await,
             Section::Failover => failover::run(pace, report).await,
+            Section::Recovery => recovery::run(pace, report).await,
+            Section::Elastic => elastic::run(vectors, pace, report).await,
             Section::Ingest => ingest::run(pace, report).await,
             Section::Idle => idle::run(pace, report).await,
         }

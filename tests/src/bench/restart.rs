@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::data::{TOP, Vectors};
 use super::load::words;
-use super::loaded::{Loaded, found_ids, search_requests};
+use super::loaded::{COLLECTION, Loaded, found_ids, search_requests};
 use super::report::{Report, Row};
 use crate::client::{Client, Request};
 use crate::http::Reply;
@@ -53,7 +53,7 @@ pub(super) async fn run(loaded: &mut Loaded, vectors: &Vectors, report: &mut Rep
 }
 
 async fn restart(loaded: &mut Loaded, vectors: &Vectors, stop: Stop) -> Result<(Duration, Duration)> {
-    let searches = search_requests(vectors, None)?;
+    let searches = search_requests(COLLECTION, vectors, None)?;
     let node = loaded.node_mut();
     match stop {
         Stop::Clean => {

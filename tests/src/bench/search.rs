@@ -11,7 +11,7 @@ use tokio::task::block_in_place;
 use super::data::{Vectors, recall};
 use super::graph::{self, InProcess};
 use super::load::{self, Load};
-use super::loaded::{BUCKETS, Loaded, found_ids, search_requests};
+use super::loaded::{BUCKETS, COLLECTION, Loaded, found_ids, search_requests};
 use super::report::{Report, Row};
 use super::{Pace, process};
 use crate::client::{Client, Request};
@@ -38,7 +38,7 @@ struct Measured {
 /// When the node or usearch fails.
 pub(super) async fn run(loaded: &Loaded, vectors: &Vectors, pace: &Pace, report: &mut Report) -> Result<()> {
     report_loading(loaded, vectors, report);
-    let requests = Arc::new(search_requests(vectors, None)?);
+    let requests = Arc::new(search_requests(COLLECTION, vectors, None)?);
     let found = answers(loaded.client(), &requests).await?;
     let recall = recall(&found, vectors.truth());
     let mut all = Vec::new();
@@ -152,7 +152,7 @@ async fn filtered(
     report: &mut Report,
 ) -> Result<()> {
     let filter = json!({"must": [{"key": "bucket", "range": {"lt": share}}]});
-    let requests = Arc::new(search_requests(vectors, Some(&filter))?);
+    let requests = Arc::new(search_requests(COLLECTION, vectors, Some(&filter))?);
     let checked = CHECKED_QUERIES.min(requests.len());
     let found = answers(loaded.client(), &requests[..checked]).await?;
     let truth = block_in_place(|| vectors.nearest(checked, &|at| at % BUCKETS < share));
