@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Runs docker-compose.yml for real: three nodes from the image that deploy/Dockerfile makes, one of them killed.
+# Runs docker-compose.yml for real: three nodes from the image that deploy/Dockerfile makes, one of them killed, then five
+# and three again.
 #
 #   tests/deploy/compose_test.sh target/release/shoal
 #
 # It proves that the image holds all that the binary needs, that the nodes find each other by the names in the Compose
 # file and become healthy by its healthchecks, that what was acknowledged is read back from the other nodes after one is
-# killed, that the killed one comes back with everything, and that a node stops by itself when asked to.
+# killed, that the killed one comes back with everything, that a node stops by itself when asked to, and that two more
+# nodes take their share of the shards and give it back when they are drained, with nothing lost.
 #
 # No registry is needed: the base image is made here, once, with debootstrap. Where no Docker Engine runs, or a tool is
 # missing that cannot be installed, it prints `SKIPPED: reason` and exits 0. Everything but the base image is removed at
@@ -72,7 +74,7 @@ scratch=$(mktemp -d)
 # --env-file keeps a developer's own .env, with other ports and secrets, out of this.
 in_project() {
     "${compose[@]}" --file "$root/docker-compose.yml" --project-directory "$root" --project-name "$project" \
-        --env-file "$scratch/empty.env" "$@"
+        --env-file "$scratch/empty.env" --profile more "$@"
 }
 
 # ---- the image -------------------------------------------------------------------------------------------------------
@@ -129,7 +131,7 @@ make_image() {
 free_ports() {
     python3 - <<'PYTHON'
 import socket
-sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(4)]
+sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(6)]
 print(*(s.getsockname()[1] for s in sockets))
 PYTHON
 }
@@ -148,6 +150,54 @@ wait_healthy() {
             ((SECONDS < deadline)) || fail "$node is not healthy but $state"
             sleep 1
         done
+    done
+}
+
+# start NODE...: as README tells people to, and waits until they are healthy.
+start() {
+    in_project up --detach --no-build "$@" >"$scratch/up.log" 2>&1 || { cat "$scratch/up.log" >&2; fail "compose up $*"; }
+    wait_healthy 180 "$@"
+}
+
+# shoal NODE ARGUMENT...: the command line inside a node's container, where the key is in the environment.
+shoal() {
+    local node=$1
+    shift
+    docker exec "$(container_of "$node")" shoal "$@" || fail "shoal $* on $node"
+}
+
+# wait_settled SECONDS NODE...: these nodes and no others are the cluster, each holds something, every shard has its three
+# replicas on them, all with a vote, and placement has nothing left to do.
+wait_settled() {
+    local deadline=$((SECONDS + $1)) missing
+    shift
+    while true; do
+        request GET node-1 /admin/cluster/report >"$scratch/report.json"
+        missing=$(python3 - "$scratch/report.json" "$@" <<'PYTHON'
+import json, pathlib, sys
+report, wanted = json.loads(pathlib.Path(sys.argv[1]).read_text()), sorted(sys.argv[2:])
+nodes, placement = report["nodes"], report["placement"]
+names = sorted(node["name"] for node in nodes)
+ids = {node["id"] for node in nodes}
+if names != wanted:
+    print(f"the cluster is {names}")
+elif silent := [node["name"] for node in nodes if not node["answers"]]:
+    print(f"silent are {silent}")
+elif empty := [node["name"] for node in nodes if not node["replicas"]]:
+    print(f"without a replica are {empty}")
+elif placement is None or placement["steps"] or placement["moving"] or placement["waiting"]:
+    print(f"placement: {placement}")
+else:
+    for shard in report["shards"]:
+        group, replicas = shard["group"], sorted(shard["replicas"])
+        if group is None or sorted(group["voters"]) != replicas or group["learners"] or len(replicas) != 3 or not ids.issuperset(replicas):
+            print(f"shard {shard['id']} is on {replicas}: {group}")
+            break
+PYTHON
+        ) || fail "the report cannot be read: $(cat "$scratch/report.json")"
+        [[ -n $missing ]] || return 0
+        ((SECONDS < deadline)) || fail "the cluster is not settled: $missing"
+        sleep 1
     done
 }
 
@@ -220,19 +270,23 @@ make_image
 
 SHOAL_API_KEY=$(python3 -c 'import secrets; print(secrets.token_hex(32))')
 SHOAL_CLUSTER_SECRET=$(python3 -c 'import secrets; print(secrets.token_hex(32))')
-read -r SHOAL_NODE_1_PORT SHOAL_NODE_2_PORT SHOAL_NODE_3_PORT SHOAL_GRPC_PORT <<<"$(free_ports)"
-export SHOAL_API_KEY SHOAL_CLUSTER_SECRET SHOAL_NODE_1_PORT SHOAL_NODE_2_PORT SHOAL_NODE_3_PORT SHOAL_GRPC_PORT
+read -r SHOAL_NODE_1_PORT SHOAL_NODE_2_PORT SHOAL_NODE_3_PORT SHOAL_NODE_4_PORT SHOAL_NODE_5_PORT SHOAL_GRPC_PORT \
+    <<<"$(free_ports)"
+export SHOAL_API_KEY SHOAL_CLUSTER_SECRET SHOAL_GRPC_PORT
+export SHOAL_NODE_1_PORT SHOAL_NODE_2_PORT SHOAL_NODE_3_PORT SHOAL_NODE_4_PORT SHOAL_NODE_5_PORT
 export SHOAL_IMAGE=$image SHOAL_PUBLISH=127.0.0.1 SHOAL_MEMORY=3g
 # An engine inside a sandbox may be held to fewer open files than the Compose file asks for, and then starts nothing.
 limit=$(docker run --rm --entrypoint /bin/sh "$image" -c 'ulimit -Hn')
 if [[ $limit != unlimited ]] && ((limit < 65536)); then
     export SHOAL_OPEN_FILES=$limit
 fi
-declare -A port=([node-1]=$SHOAL_NODE_1_PORT [node-2]=$SHOAL_NODE_2_PORT [node-3]=$SHOAL_NODE_3_PORT)
+declare -A port=(
+    [node-1]=$SHOAL_NODE_1_PORT [node-2]=$SHOAL_NODE_2_PORT [node-3]=$SHOAL_NODE_3_PORT
+    [node-4]=$SHOAL_NODE_4_PORT [node-5]=$SHOAL_NODE_5_PORT
+)
 
 say "starting three nodes"
-in_project up --detach --no-build node-1 node-2 node-3 >"$scratch/up.log" 2>&1 || { cat "$scratch/up.log" >&2; fail "compose up"; }
-wait_healthy 180 node-1 node-2 node-3
+start node-1 node-2 node-3
 
 say "a request without the key is refused"
 code=$(curl --silent --max-time 15 --output /dev/null --write-out '%{http_code}' "http://127.0.0.1:${port[node-1]}/collections") || true
@@ -261,5 +315,27 @@ docker stop --time 30 "$(container_of node-3)" >/dev/null
 code=$(docker inspect --format '{{.State.ExitCode}}' "$(container_of node-3)")
 [[ $code == 0 ]] || fail "node-3 ended with code $code; 137 means that it had to be killed"
 for node in node-1 node-2; do expect_all "$node" 400; done
+
+say "five nodes"
+start node-3 node-4 node-5
+wait_settled 180 node-1 node-2 node-3 node-4 node-5
+write node-4 401 500
+for node in node-1 node-2 node-3 node-4 node-5; do expect_all "$node" 500; done
+
+say "three nodes again"
+for node in node-4 node-5; do
+    shoal node-1 cluster drain "$node" &
+    drain=$!
+    # Through the node that is leaving, while it does.
+    write "$node" 501 600
+    wait "$drain"
+done
+in_project rm --stop --force node-4 node-5 >"$scratch/rm.log" 2>&1 || { cat "$scratch/rm.log" >&2; fail "compose rm"; }
+for node in node-4 node-5; do
+    [[ -z $(container_of "$node") ]] || fail "$node is still there"
+    shoal node-1 cluster remove "$node"
+done
+wait_settled 120 node-1 node-2 node-3
+for node in node-1 node-2 node-3; do expect_all "$node" 600; done
 
 echo "PASSED: compose_test"

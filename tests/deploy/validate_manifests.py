@@ -36,8 +36,8 @@ CLIENT_SETTINGS = set(re.findall(r'env = "(SHOAL_\w+)"', (ROOT / "node/src/cli/c
 # What only docker-compose.yml reads, from .env.
 COMPOSE_ONLY = {
     "SHOAL_" + name
-    for name in "IMAGE BUILD_TARGET BUILD_BASE PUBLISH NODE_1_PORT NODE_2_PORT NODE_3_PORT GRPC_PORT MEMORY OPEN_FILES".split()
-}
+    for name in "IMAGE BUILD_TARGET BUILD_BASE PUBLISH GRPC_PORT MEMORY OPEN_FILES".split()
+} | {f"SHOAL_NODE_{number}_PORT" for number in range(1, 6)}
 USER = 10001
 
 
@@ -216,13 +216,15 @@ def check_compose(root, report):
     for port in published:
         report.expect(port.startswith("127.0.0.1:"), f"{where}: {port} is published to every network by default")
 
-    report.expect(len(nodes) == 3, f"{where}: {len(nodes)} nodes")
+    founders = [name for name, service in nodes.items() if "profiles" not in service]
+    report.expect(len(founders) == 3, f"{where}: {len(founders)} nodes found the cluster")
     for name, service in nodes.items():
         environment = service["environment"]
         report.expect(environment["SHOAL_NAME"] == name == environment["SHOAL_ADVERTISE"], f"{where}: {name} has another name")
-        report.expect(environment["SHOAL_EXPECT"] == str(len(nodes)), f"{where}: {name} expects another number of nodes")
+        report.expect(environment["SHOAL_EXPECT"] == str(len(founders)), f"{where}: {name} expects another number of nodes")
         peers = sorted(environment["SHOAL_JOIN"].split(","))
-        report.expect(peers == sorted(f"{node}:{PORTS['grpc']}" for node in nodes), f"{where}: {name} joins {peers}")
+        report.expect(peers == sorted(f"{node}:{PORTS['grpc']}" for node in founders), f"{where}: {name} joins {peers}")
+        report.expect(service.get("profiles", ["more"]) == ["more"], f"{where}: {name} is in the profiles {service.get('profiles')}")
         data = [volume for volume in service["volumes"] if volume.endswith(":/var/lib/shoal")]
         report.expect(data == [f"{name}:/var/lib/shoal"], f"{where}: {name} does not keep its data in a volume of its own")
         report.expect(service.get("read_only") and service.get("tmpfs"), f"{where}: {name} can write outside its volume")
@@ -245,8 +247,12 @@ def check_monitoring(root, report, services, nodes):
     for rules in config["rule_files"]:
         report.expect((root / "deploy/prometheus" / rules).exists(), f"{where}: no rules file {rules}")
     job = config["scrape_configs"][0]
-    targets = sorted(target for group in job["static_configs"] for target in group["targets"])
-    report.expect(targets == sorted(f"{node}:{PORTS['http']}" for node in nodes), f"{where}: scrapes {targets}")
+    targets = [target for group in job["static_configs"] for target in group["targets"]]
+    report.expect(set(targets) == {f"{node}:{PORTS['http']}" for node in nodes if "profiles" not in nodes[node]},
+                  f"{where}: scrapes {targets}")
+    looked_up = [(name, group["port"]) for group in job["dns_sd_configs"] for name in group["names"]]
+    report.expect(set(looked_up) == {(node, PORTS["http"]) for node in nodes if "profiles" in nodes[node]},
+                  f"{where}: looks up {looked_up}")
     report.expect(job["metrics_path"] in SERVED_PATHS, f"{where}: {job['metrics_path']} is not served")
     closed = [name for name, node in nodes.items() if node["environment"].get("SHOAL_METRICS_OPEN") != "true"]
     report.expect("authorization" in job or not closed, f"{where}: has no key for {closed}")
@@ -492,7 +498,7 @@ def check_with_tools(root, report):
     if compose:
         # The directory may hold a .env with real secrets; what is in the environment goes before it.
         secrets = {"SHOAL_API_KEY": "x", "SHOAL_CLUSTER_SECRET": "x"}
-        ask("docker-compose.yml", [*compose, "--profile", "monitoring", "config", "--quiet"], cwd=root,
+        ask("docker-compose.yml", [*compose, "--profile", "monitoring", "--profile", "more", "config", "--quiet"], cwd=root,
             env={**os.environ, **secrets})
     else:
         report.skipped.append("docker-compose.yml as Compose reads it: no Compose")
@@ -531,10 +537,12 @@ YAML_MISTAKES = [
     ("docker-compose.yml", "grafana/grafana:11.5.2", "grafana/grafana:latest", "latest"),
     ("docker-compose.yml", "SHOAL_EXPECT: \"3\"", "SHOAL_EXPECT: \"2\"", "expects another number"),
     ("docker-compose.yml", "node-2:6334,", "", "joins"),
+    ("docker-compose.yml", "    profiles: [more]\n", "", "5 nodes found the cluster"),
     ("docker-compose.yml", "      - node-3:/var/lib/shoal", "      - node-2:/var/lib/shoal", "volume of its own"),
     ("docker-compose.yml", "SHOAL_PUBLISH:-127.0.0.1", "SHOAL_PUBLISH:-0.0.0.0", "every network"),
     ("docker-compose.yml", "\"health\", \"--url\"", "\"status\", \"--url\"", "is probed by"),
     ("deploy/prometheus/prometheus.yml", "node-3:6333", "node-4:6333", "scrapes"),
+    ("deploy/prometheus/prometheus.yml", "names: [node-4, node-5]", "names: [node-4]", "looks up"),
     ("deploy/prometheus/rules.yml", "up{job=\"shoal\"} == 0", "up{job=\"other\"} == 0", "selects the jobs"),
     ("k8s/base/services.yaml", "targetPort: mesh", "targetPort: actors", "unknown port actors"),
     ("k8s/base/services.yaml", "  selector:\n    app.kubernetes.io/name: shoal", "  selector:\n    app: shoal", "no pod has that"),
