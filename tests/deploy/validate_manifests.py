@@ -348,6 +348,8 @@ def check_objects(objects, secret_keys, where, report):
             known = {port["name"] for port in service["spec"]["ports"]}
             report.expect(backend["port"]["name"] in known, f"{where}: Ingress {name} leads to {backend}")
             report.expect(not path["path"].startswith(("/admin", "/metrics")), f"{where}: Ingress {name} opens {path['path']}")
+    for name, scaler in by_kind.get("HorizontalPodAutoscaler", {}).items():
+        check_autoscaler(name, scaler["spec"], by_kind, where, report)
     for name, job in by_kind.get("CronJob", {}).items():
         check_job(name, job, by_kind, secret_keys, where, report)
     for name, monitor in by_kind.get("ServiceMonitor", {}).items():
@@ -360,6 +362,19 @@ def check_objects(objects, secret_keys, where, report):
             report.expect(endpoint["path"] in SERVED_PATHS, f"{where}: ServiceMonitor {name} scrapes {endpoint['path']}")
             key = endpoint["authorization"]["credentials"]
             report.expect(key["key"] in secret_keys.get(key["name"], ()), f"{where}: ServiceMonitor {name} has no key")
+
+
+def check_autoscaler(name, spec, by_kind, where, report):
+    """What changes the number of nodes by itself: it may add some, and must not take any away."""
+    target, behavior = spec["scaleTargetRef"], spec.get("behavior", {})
+    report.expect(target["kind"] == "StatefulSet" and target["name"] in by_kind["StatefulSet"],
+                  f"{where}: HorizontalPodAutoscaler {name} scales {target['kind']} {target['name']}, which is not there")
+    report.expect(spec.get("minReplicas", 1) >= 3, f"{where}: HorizontalPodAutoscaler {name} allows fewer nodes than replicas")
+    report.expect(spec["maxReplicas"] > spec.get("minReplicas", 1), f"{where}: HorizontalPodAutoscaler {name} never adds a node")
+    report.expect(behavior.get("scaleDown", {}).get("selectPolicy") == "Disabled",
+                  f"{where}: HorizontalPodAutoscaler {name} takes nodes away that are not drained")
+    resources = [metric.get("resource", {}).get("name") for metric in spec["metrics"]]
+    report.expect(resources == ["cpu"], f"{where}: HorizontalPodAutoscaler {name} follows {resources}, and memory is page cache")
 
 
 def check_job(name, job, by_kind, secret_keys, where, report):
@@ -438,7 +453,10 @@ def check_settings(by_kind, spec, container, secret_keys, where, report):
     expected = int(settings["SHOAL_EXPECT"])
     pods = [f"shoal-{index}.{spec['serviceName']}:{PORTS['grpc']}" for index in range(expected)]
     report.expect(settings["SHOAL_JOIN"].split(",") == pods, f"{where}: SHOAL_JOIN is not {pods}")
-    report.expect(spec["replicas"] >= expected, f"{where}: {spec['replicas']} pods can never be the {expected} expected")
+    # Where an autoscaler decides on the number, its least one counts.
+    least = [scaler["spec"].get("minReplicas", 1) for scaler in by_kind.get("HorizontalPodAutoscaler", {}).values()]
+    replicas = spec.get("replicas", min(least, default=1))
+    report.expect(replicas >= expected, f"{where}: {replicas} pods can never be the {expected} expected")
     report.expect(f".{spec['serviceName']}." in settings["SHOAL_ADVERTISE"], f"{where}: pods advertise a name of another Service")
     report.expect({"SHOAL_API_KEY", "SHOAL_CLUSTER_SECRET"} <= set(settings), f"{where}: pods get no secrets")
 
@@ -464,15 +482,28 @@ def check_kubernetes(root, report, tools):
     if not shutil.which("kubectl"):
         report.skipped.append("overlays as built: no kubectl")
         return
-    for path in sorted((root / "k8s/overlays").iterdir()):
-        where = str(path.relative_to(root))
-        built = subprocess.run(["kubectl", "kustomize", path], capture_output=True, text=True)
-        if report.expect(built.returncode == 0, f"{where}: {built.stderr.strip()}"):
-            objects = list(yaml.safe_load_all(built.stdout))
-            check_objects(objects, secret_keys, where, report)
-            outside = [item["metadata"]["name"] for item in objects
-                       if item["kind"] != "Namespace" and item["metadata"].get("namespace") != "shoal"]
-            report.expect(not outside, f"{where}: outside the namespace: {outside}")
+    overlays = sorted(path for path in (root / "k8s/overlays").iterdir())
+    report.expect([path.name for path in overlays] == ["dev", "prod"], f"k8s/overlays: has {[path.name for path in overlays]}")
+    for path in overlays:
+        check_built(path, str(path.relative_to(root)), secret_keys, report)
+    # Each component by itself on the base, whether or not an overlay takes it.
+    for path in sorted((root / "k8s/components").iterdir()):
+        with tempfile.TemporaryDirectory() as directory:
+            kustomization = {"namespace": "shoal", "resources": [os.path.relpath(root / "k8s/base", directory)],
+                             "components": [os.path.relpath(path, directory)]}
+            (pathlib.Path(directory) / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+            check_built(directory, str(path.relative_to(root)), secret_keys, report)
+
+
+def check_built(path, where, secret_keys, report):
+    """Checks what kustomize makes of a directory."""
+    built = subprocess.run(["kubectl", "kustomize", path], capture_output=True, text=True)
+    if report.expect(built.returncode == 0, f"{where}: {built.stderr.strip()}"):
+        objects = list(yaml.safe_load_all(built.stdout))
+        check_objects(objects, secret_keys, where, report)
+        outside = [item["metadata"]["name"] for item in objects
+                   if item["kind"] != "Namespace" and item["metadata"].get("namespace") != "shoal"]
+        report.expect(not outside, f"{where}: outside the namespace: {outside}")
 
 
 # ---- the tools themselves --------------------------------------------------------------------------------------------
@@ -553,6 +584,11 @@ YAML_MISTAKES = [
     ("k8s/base/configmap.yaml", "SHOAL_EXPECT: \"3\"", "SHOAL_EXPECT: \"5\"", "SHOAL_JOIN is not"),
     ("k8s/base/poddisruptionbudget.yaml", "maxUnavailable: 1", "maxUnavailable: 2", "cost a majority"),
     ("k8s/base/kustomization.yaml", "  - networkpolicy.yaml\n", "", "does not list"),
+    ("k8s/components/autoscaling/horizontalpodautoscaler.yaml", "    kind: StatefulSet", "    kind: Deployment", "which is not there"),
+    ("k8s/components/autoscaling/horizontalpodautoscaler.yaml", "minReplicas: 3", "minReplicas: 1", "fewer nodes than replicas"),
+    ("k8s/components/autoscaling/horizontalpodautoscaler.yaml", "maxReplicas: 9", "maxReplicas: 3", "never adds a node"),
+    ("k8s/components/autoscaling/horizontalpodautoscaler.yaml", "selectPolicy: Disabled", "selectPolicy: Max", "not drained"),
+    ("k8s/components/autoscaling/horizontalpodautoscaler.yaml", "name: cpu", "name: memory", "memory is page cache"),
     ("k8s/components/backup/cronjob.yaml", "args: [backup, create]", "args: [backup, make]", "unknown command"),
     ("k8s/components/backup/cronjob.yaml", "http://shoal:6333", "http://shoal:8080", "where nobody is"),
     ("k8s/components/backup/cronjob.yaml", "            shoal-client: \"true\"\n", "", "kept out by the network policy"),
