@@ -33,6 +33,8 @@ SERVED_PATHS = PROBE_PATHS | {"/metrics"}
 SETTINGS = set(re.findall(r'env = "(SHOAL_\w+)"', (ROOT / "node/src/config.rs").read_text()))
 # What the commands read, beside the node's settings.
 CLIENT_SETTINGS = set(re.findall(r'env = "(SHOAL_\w+)"', (ROOT / "node/src/cli/client.rs").read_text()))
+# How long a node that stops may go on draining.
+DRAIN_SECONDS = int(re.search(r"drain_seconds: (\d+)", (ROOT / "node/src/config.rs").read_text())[1])
 # What only docker-compose.yml reads, from .env.
 COMPOSE_ONLY = {
     "SHOAL_" + name
@@ -459,6 +461,9 @@ def check_settings(by_kind, spec, container, secret_keys, where, report):
     report.expect(replicas >= expected, f"{where}: {replicas} pods can never be the {expected} expected")
     report.expect(f".{spec['serviceName']}." in settings["SHOAL_ADVERTISE"], f"{where}: pods advertise a name of another Service")
     report.expect({"SHOAL_API_KEY", "SHOAL_CLUSTER_SECRET"} <= set(settings), f"{where}: pods get no secrets")
+    grace = spec["template"]["spec"]["terminationGracePeriodSeconds"]
+    drains = settings.get("SHOAL_DRAIN_ON_STOP") == "true"
+    report.expect(not drains or grace > DRAIN_SECONDS, f"{where}: pods drain when they stop, and have {grace} s for it")
 
 
 def check_kubernetes(root, report, tools):
@@ -582,6 +587,7 @@ YAML_MISTAKES = [
     ("k8s/base/statefulset.yaml", "key: api-key", "key: apikey", "not in the example"),
     ("k8s/base/statefulset.yaml", "readOnlyRootFilesystem: true", "readOnlyRootFilesystem: false", "keeps privileges"),
     ("k8s/base/configmap.yaml", "SHOAL_EXPECT: \"3\"", "SHOAL_EXPECT: \"5\"", "SHOAL_JOIN is not"),
+    ("k8s/base/configmap.yaml", "SHOAL_LOG_FORMAT: json", "SHOAL_DRAIN_ON_STOP: \"true\"", "drain when they stop"),
     ("k8s/base/poddisruptionbudget.yaml", "maxUnavailable: 1", "maxUnavailable: 2", "cost a majority"),
     ("k8s/base/kustomization.yaml", "  - networkpolicy.yaml\n", "", "does not list"),
     ("k8s/components/autoscaling/horizontalpodautoscaler.yaml", "    kind: StatefulSet", "    kind: Deployment", "which is not there"),
