@@ -2,6 +2,7 @@
 
 mod admission;
 mod app;
+mod certificate;
 mod cli;
 mod config;
 mod grpc;

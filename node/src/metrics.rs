@@ -68,6 +68,11 @@ fn describe() {
     describe_counter!("shoal_hedged_reads_total", "Reads that were asked of a second replica as well");
     describe_gauge!("shoal_mesh_sessions", "Sessions of the actor mesh");
     describe_gauge!("shoal_nodes", "Members of the cluster");
+    describe_gauge!(
+        "shoal_tls_certificate_expires_timestamp_seconds",
+        Unit::Seconds,
+        "When the certificate of HTTPS expires, in Unix time; 0 without TLS"
+    );
     describe_gauge!("process_resident_memory_bytes", Unit::Bytes, "Memory of this process");
     describe_gauge!("process_start_time_seconds", Unit::Seconds, "When this process started");
     for (operation, status) in
@@ -103,12 +108,18 @@ fn describe() {
         "shoal_points",
         "shoal_pending_vectors",
         "shoal_nodes",
+        "shoal_tls_certificate_expires_timestamp_seconds",
     ] {
         gauge!(empty).set(0.0);
     }
     gauge!("shoal_disk_writable").set(1.0);
     gauge!("shoal_http_in_flight").set(0.0);
     gauge!("shoal_requests_waiting").set(0.0);
+}
+
+/// HTTPS is served with a certificate that expires at this Unix time, in seconds.
+pub fn set_certificate_expiry(expires_at: i64) {
+    gauge!("shoal_tls_certificate_expires_timestamp_seconds").set(expires_at as f64);
 }
 
 /// Keeps the gauges up to date for as long as the node runs.

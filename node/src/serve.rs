@@ -28,7 +28,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::app::App;
 use crate::config::Config;
-use crate::{grpc, http, log, metrics};
+use crate::{certificate, grpc, http, log, metrics};
 
 /// How long requests that are under way may go on after a stop was asked for.
 const DRAIN: Duration = Duration::from_secs(5);
@@ -101,6 +101,7 @@ async fn serve_http(app: App, handle: Handle<std::net::SocketAddr>) -> Result<()
         let tls = RustlsConfig::from_pem_file(&config.tls_cert, &config.tls_key)
             .await
             .context("TLS certificate and key")?;
+        metrics::set_certificate_expiry(certificate_expiry(&config.tls_cert).await?);
         let acceptor = RustlsAcceptor::new(tls).acceptor(NoDelayAcceptor::new());
         let mut server = axum_server::from_tcp(listener)?.acceptor(acceptor).handle(handle);
         server.http_builder().http1().timer(TokioTimer::new()).header_read_timeout(header_timeout);
@@ -109,6 +110,13 @@ async fn serve_http(app: App, handle: Handle<std::net::SocketAddr>) -> Result<()
     let mut server = axum_server::from_tcp(listener)?.acceptor(NoDelayAcceptor::new()).handle(handle);
     server.http_builder().http1().timer(TokioTimer::new()).header_read_timeout(header_timeout);
     Ok(server.serve(service).await?)
+}
+
+/// When the certificate expires that is served from now on. It is read once: a new one needs a new start.
+async fn certificate_expiry(path: &Path) -> Result<i64> {
+    let chain = tokio::fs::read(path).await;
+    let expires_at = chain.map_err(anyhow::Error::from).and_then(|chain| certificate::expires_at(&chain));
+    expires_at.with_context(|| format!("TLS file {}", path.display()))
 }
 
 /// Resolves when the process is asked to stop.

@@ -260,15 +260,17 @@ def check_monitoring(root, report, services, nodes):
     report.expect("authorization" in job or not closed, f"{where}: has no key for {closed}")
 
     rules = yaml.safe_load((root / "deploy/prometheus/rules.yml").read_text())
+    tested = set(re.findall(r"alertname: (\w+)", (ROOT / "tests/deploy/rules_test.yml").read_text()))
     names = []
     for rule in (rule for group in rules["groups"] for rule in group["rules"]):
         name = rule["alert"]
-        names.append(name)
+        names.append((name, rule["labels"]["severity"]))
         report.expect(rule["labels"]["severity"] in {"critical", "warning", "info"}, f"rules.yml: severity of {name}")
         report.expect({"summary", "description"} <= set(rule["annotations"]), f"rules.yml: {name} does not explain itself")
         selected = re.findall(r'job="(\w+)"', rule["expr"])
         report.expect(selected and set(selected) == {job["job_name"]}, f"rules.yml: {name} selects the jobs {selected}")
-    report.expect(len(set(names)) == len(names), "rules.yml: one name for two alerts")
+        report.expect(name in tested, f"rules.yml: {name} has no test")
+    report.expect(len(set(names)) == len(names), "rules.yml: one name for two alerts of one severity")
 
     for source in yaml.safe_load((root / "deploy/grafana/provisioning/datasources/prometheus.yml").read_text())["datasources"]:
         host = re.fullmatch(r"http://(\w+):9090", source["url"])
@@ -580,6 +582,8 @@ YAML_MISTAKES = [
     ("deploy/prometheus/prometheus.yml", "node-3:6333", "node-4:6333", "scrapes"),
     ("deploy/prometheus/prometheus.yml", "names: [node-4, node-5]", "names: [node-4]", "looks up"),
     ("deploy/prometheus/rules.yml", "up{job=\"shoal\"} == 0", "up{job=\"other\"} == 0", "selects the jobs"),
+    ("deploy/prometheus/rules.yml", "alert: ShoalReplicaLag", "alert: ShoalReplicaBehind", "has no test"),
+    ("deploy/prometheus/rules.yml", "{severity: info}", "{severity: low}", "severity of"),
     ("k8s/base/services.yaml", "targetPort: mesh", "targetPort: actors", "unknown port actors"),
     ("k8s/base/services.yaml", "  selector:\n    app.kubernetes.io/name: shoal", "  selector:\n    app: shoal", "no pod has that"),
     ("k8s/base/statefulset.yaml", "path: /health/ready", "path: /ready", "which is not served"),
