@@ -298,7 +298,7 @@ def check_kustomizations(root, report):
         report.expect(not examples, f"{where}: would apply the example {examples}")
 
 
-def check_objects(objects, secret_keys, where, report):
+def check_objects(root, objects, secret_keys, where, report):
     """Checks one set of Kubernetes objects as it would be applied."""
     by_kind = {}
     for item in objects:
@@ -356,6 +356,9 @@ def check_objects(objects, secret_keys, where, report):
         check_autoscaler(name, scaler["spec"], by_kind, where, report)
     for name, job in by_kind.get("CronJob", {}).items():
         check_job(name, job, by_kind, secret_keys, where, report)
+    for name, rule in by_kind.get("PrometheusRule", {}).items():
+        rules = yaml.safe_load((root / "deploy/prometheus/rules.yml").read_text())
+        report.expect(rule["spec"] == rules, f"{where}: PrometheusRule {name} is not deploy/prometheus/rules.yml")
     for name, monitor in by_kind.get("ServiceMonitor", {}).items():
         wanted = monitor["spec"]["selector"]["matchLabels"]
         chosen = [item for item in by_kind["Service"].values() if wanted.items() <= item["metadata"]["labels"].items()]
@@ -478,11 +481,11 @@ def check_kubernetes(root, report, tools):
             report.expect(not holds, f"{path.relative_to(root)}: holds a secret")
     base = [item for name in yaml.safe_load((root / "k8s/base/kustomization.yaml").read_text())["resources"]
             for item in documents(root / "k8s/base" / name)]
-    check_objects(base, secret_keys, "k8s/base", report)
+    check_objects(root, base, secret_keys, "k8s/base", report)
     components = [item for path in sorted((root / "k8s/components").rglob("*.yaml"))
                   if path.name != "kustomization.yaml" and not path.name.endswith(".example.yaml")
                   for item in documents(path)]
-    check_objects(base + components, secret_keys, "k8s/components", report)
+    check_objects(root, base + components, secret_keys, "k8s/components", report)
 
     if not tools:
         return
@@ -492,22 +495,22 @@ def check_kubernetes(root, report, tools):
     overlays = sorted(path for path in (root / "k8s/overlays").iterdir())
     report.expect([path.name for path in overlays] == ["dev", "prod"], f"k8s/overlays: has {[path.name for path in overlays]}")
     for path in overlays:
-        check_built(path, str(path.relative_to(root)), secret_keys, report)
+        check_built(root, path, str(path.relative_to(root)), secret_keys, report)
     # Each component by itself on the base, whether or not an overlay takes it.
     for path in sorted((root / "k8s/components").iterdir()):
         with tempfile.TemporaryDirectory() as directory:
             kustomization = {"namespace": "shoal", "resources": [os.path.relpath(root / "k8s/base", directory)],
                              "components": [os.path.relpath(path, directory)]}
             (pathlib.Path(directory) / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
-            check_built(directory, str(path.relative_to(root)), secret_keys, report)
+            check_built(root, directory, str(path.relative_to(root)), secret_keys, report)
 
 
-def check_built(path, where, secret_keys, report):
+def check_built(root, path, where, secret_keys, report):
     """Checks what kustomize makes of a directory."""
     built = subprocess.run(["kubectl", "kustomize", path], capture_output=True, text=True)
     if report.expect(built.returncode == 0, f"{where}: {built.stderr.strip()}"):
         objects = list(yaml.safe_load_all(built.stdout))
-        check_objects(objects, secret_keys, where, report)
+        check_objects(root, objects, secret_keys, where, report)
         outside = [item["metadata"]["name"] for item in objects
                    if item["kind"] != "Namespace" and item["metadata"].get("namespace") != "shoal"]
         report.expect(not outside, f"{where}: outside the namespace: {outside}")
@@ -584,6 +587,7 @@ YAML_MISTAKES = [
     ("deploy/prometheus/rules.yml", "up{job=\"shoal\"} == 0", "up{job=\"other\"} == 0", "selects the jobs"),
     ("deploy/prometheus/rules.yml", "alert: ShoalReplicaLag", "alert: ShoalReplicaBehind", "has no test"),
     ("deploy/prometheus/rules.yml", "{severity: info}", "{severity: low}", "severity of"),
+    ("k8s/components/monitoring/prometheusrule.yaml", "> 10000", "> 100000", "is not deploy/prometheus/rules.yml"),
     ("k8s/base/services.yaml", "targetPort: mesh", "targetPort: actors", "unknown port actors"),
     ("k8s/base/services.yaml", "  selector:\n    app.kubernetes.io/name: shoal", "  selector:\n    app: shoal", "no pod has that"),
     ("k8s/base/statefulset.yaml", "path: /health/ready", "path: /ready", "which is not served"),
