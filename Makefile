@@ -4,8 +4,9 @@ SHELL := /bin/bash
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 NODES ?= 3
 DOCS ?=
+SCHEMAS := $(TARGET)/python-kubernetes
 
-.PHONY: run test bench chaos chaos-ci chaos-all chaos-planted chaos-tools build model setup lint doc fmt
+.PHONY: run test manifests bench chaos chaos-ci chaos-all chaos-planted chaos-tools build model setup lint doc fmt
 
 ## A cluster of NODES nodes on this machine, a corpus ingested, one search answered. Ctrl-C stops it.
 run: build model
@@ -16,9 +17,18 @@ test: setup chaos-tools model build
 	cargo test --release --workspace
 	$(MAKE) chaos-ci
 	python3 tests/deploy/check_metrics.py --self-test
-	python3 tests/deploy/validate_manifests.py --self-test
-	python3 tests/deploy/validate_manifests.py
+	$(MAKE) manifests
 	tests/deploy/compose_test.sh $(TARGET)/release/shoal
+
+## The files for running Shoal agree with each other, with the node and with the schemas of Kubernetes. The schemas come
+## from PyPI; what they would say is skipped where that cannot be reached.
+manifests:
+	@cmp -s tests/python/kubernetes.txt $(SCHEMAS)/complete || { \
+	  python3 -m venv --clear $(SCHEMAS) && \
+	  $(SCHEMAS)/bin/pip install --quiet --disable-pip-version-check -r tests/python/kubernetes.txt && \
+	  cp tests/python/kubernetes.txt $(SCHEMAS)/complete; } || true
+	@python=$(SCHEMAS)/bin/python; [ -e $(SCHEMAS)/complete ] || python=python3; \
+	  $$python tests/deploy/validate_manifests.py --self-test && $$python tests/deploy/validate_manifests.py
 
 ## Every row of the chaos matrix in its small size (about 20 minutes; as root, or most rows are skipped).
 chaos: chaos-tools build

@@ -6,8 +6,9 @@
 A selector that matches no label, a probe of a path that is not served, a port that is named differently in two files: each
 tool accepts its own file, and nothing works. So this reads docker-compose.yml, .env.example, deploy/ and k8s/ together.
 
-Needs only the standard library; the checks that read YAML need PyYAML and are reported as skipped without it. Where
-kubectl, promtool or Compose are installed, they are asked too. Exit code 0: all agree. 1: something does not.
+Needs only the standard library; the checks that read YAML need PyYAML, those against the schemas of Kubernetes need
+kubernetes-validate (tests/python/kubernetes.txt has both), and are reported as skipped without them. Where kubectl,
+promtool or Compose are installed, they are asked too. Exit code 0: all agree. 1: something does not.
 """
 
 import json
@@ -23,6 +24,10 @@ try:
     import yaml
 except ImportError:
     yaml = None
+try:
+    import kubernetes_validate
+except ImportError:
+    kubernetes_validate = None
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -33,6 +38,9 @@ SERVED_PATHS = PROBE_PATHS | {"/metrics"}
 SETTINGS = set(re.findall(r'env = "(SHOAL_\w+)"', (ROOT / "node/src/config.rs").read_text()))
 # What the commands read, beside the node's settings.
 CLIENT_SETTINGS = set(re.findall(r'env = "(SHOAL_\w+)"', (ROOT / "node/src/cli/client.rs").read_text()))
+# The oldest Kubernetes that the manifests are for, and what of it has no schema here: the Prometheus Operator's own kinds.
+KUBERNETES = "1.31"
+CUSTOM_KINDS = {"PrometheusRule", "ServiceMonitor"}
 # How long a node that stops may go on draining.
 DRAIN_SECONDS = int(re.search(r"drain_seconds: (\d+)", (ROOT / "node/src/config.rs").read_text())[1])
 # What only docker-compose.yml reads, from .env.
@@ -303,6 +311,7 @@ def check_objects(root, objects, secret_keys, where, report):
     by_kind = {}
     for item in objects:
         by_kind.setdefault(item["kind"], {})[item["metadata"]["name"]] = item
+        check_schema(item, where, report)
     stateful_set = by_kind["StatefulSet"]["shoal"]
     spec, template = stateful_set["spec"], stateful_set["spec"]["template"]
     pod, labels = template["spec"], template["metadata"]["labels"]
@@ -369,6 +378,20 @@ def check_objects(root, objects, secret_keys, where, report):
             report.expect(endpoint["path"] in SERVED_PATHS, f"{where}: ServiceMonitor {name} scrapes {endpoint['path']}")
             key = endpoint["authorization"]["credentials"]
             report.expect(key["key"] in secret_keys.get(key["name"], ()), f"{where}: ServiceMonitor {name} has no key")
+
+
+def check_schema(item, where, report):
+    """Whether Kubernetes would take an object as it is. A misspelt field is otherwise dropped with a warning at best."""
+    if kubernetes_validate is None or item["kind"] in CUSTOM_KINDS:
+        return
+    for version in (KUBERNETES, kubernetes_validate.latest_version()):
+        try:
+            kubernetes_validate.validate(item, version, strict=True)
+            problem = None
+        except (kubernetes_validate.ValidationError, kubernetes_validate.SchemaNotFoundError) as error:
+            problem = getattr(error, "message", None) or str(error)
+        name = f"{item['kind']} {item['metadata']['name']}"
+        report.expect(problem is None, f"{where}: {name} does not fit the schema of Kubernetes {version}: {problem}")
 
 
 def check_autoscaler(name, spec, by_kind, where, report):
@@ -554,6 +577,8 @@ def validate(root, tools=True):
     else:
         check_compose(root, report)
         check_kubernetes(root, report, tools)
+        if kubernetes_validate is None:
+            report.skipped.append("the schemas of Kubernetes: no kubernetes-validate")
     if tools:
         check_with_tools(root, report)
     return report
@@ -609,10 +634,16 @@ YAML_MISTAKES = [
     ("k8s/components/monitoring/servicemonitor.yaml", "      app.kubernetes.io/component: clients\n", "", "chooses 2 services"),
 ]
 
+SCHEMA_MISTAKES = [
+    ("k8s/base/statefulset.yaml", "minReadySeconds: 15", "minReadySecond: 15", "minReadySecond"),
+    ("k8s/components/autoscaling/horizontalpodautoscaler.yaml", "apiVersion: autoscaling/v2", "apiVersion: autoscaling/v2beta2",
+     "does not fit the schema"),
+]
+
 
 def self_test():
     """Puts one mistake at a time into a copy, and expects to be told of it."""
-    mistakes = MISTAKES + (YAML_MISTAKES if yaml else [])
+    mistakes = MISTAKES + (YAML_MISTAKES if yaml else []) + (SCHEMA_MISTAKES if yaml and kubernetes_validate else [])
     with tempfile.TemporaryDirectory() as directory:
         copy = pathlib.Path(directory)
         for path in shipped(ROOT):
