@@ -2,13 +2,16 @@
 //!
 //! | workload | operations |
 //! |---|---|
-//! | register | reads and writes of a few points by everybody; new points every while |
+//! | register | reads, writes and deletes of a few points by everybody; new points every while |
 //! | set | each client inserts, replaces and deletes points of its own and reads anybody's |
 //! | visibility | writes, replaces, deletes, and looks for the same thing by every way on every node |
 //! | session | writes, and reads on another node each time, sending its position along |
 //! | retries | like register, each write repeated under one idempotency key until it is known |
 //! | mixed | each client one of register, set, visibility, session and retries, over points that it uses again |
 //! | batch | writes five points at once to a collection of one shard |
+//!
+//! The registers have no compare-and-set, which others put to such a test, because the product has
+//! none: a point is written, deleted and read. A delete is a write of absence.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -222,9 +225,10 @@ async fn register(caller: &mut Caller, shared: &Shared) {
     let age = shared.started.elapsed().as_secs() / KEY_LIFE.as_secs();
     let key = age * HOT_KEYS + caller.coin().random_range(0..HOT_KEYS);
     let node = caller.any_node();
-    let call = match caller.coin().random_bool(0.5) {
-        true => Call::Write { key, uid: caller.new_uid() },
-        false => Call::Read { key, level: Level::Linearizable },
+    let call = match caller.coin().random_range(0..100) {
+        ..40 => Call::Write { key, uid: caller.new_uid() },
+        40..50 => Call::Delete { key },
+        _ => Call::Read { key, level: Level::Linearizable },
     };
     caller.call(node, call).await;
 }

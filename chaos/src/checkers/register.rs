@@ -1,4 +1,4 @@
-//! Linearizability of single points.
+//! Linearizability of single points: of reads, of writes, and of deletes, which are writes of absence.
 //!
 //! [`search`] looks for an order that explains what was seen, as Wing and Gong do, with Lowe's
 //! memory of configurations that led nowhere ("Testing for linearizability", 2017). It trusts
@@ -8,7 +8,9 @@
 //! [`versions`] takes the log index that readers are told of as a witness and checks in
 //! O(n log n) that reads and real time agree with it. The index in the answer to a write is no
 //! witness: a write that was proposed twice takes effect at the first and is answered at the
-//! second. A server that lies about its indexes is caught by the first checker.
+//! second. A server that lies about its indexes is caught by the first checker. Absence has no
+//! index: it is judged by real time, and whoever has seen it after a value must not see that value
+//! or an older one again.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -257,13 +259,12 @@ pub fn versions(operations: &[Operation]) -> Verdict {
             verdict.violation("moved", format!("{uid} was set at index {other} and at {version}"));
         }
     }
-    // Floors: the highest version of each key that an operation which has ended has shown.
-    let mut floors: BTreeMap<u64, (u64, Known)> = BTreeMap::new();
-    let mut at_begin: HashMap<u64, (u64, Known)> = HashMap::new();
+    let mut floors: BTreeMap<u64, (Floor, Known)> = BTreeMap::new();
+    let mut at_begin: HashMap<u64, (Floor, Known)> = HashMap::new();
     let mut checked = 0u64;
     for (_, is_end, operation) in order::moments(operations) {
         let (key, is_read) = match &operation.call {
-            Call::Write { key, .. } => (*key, false),
+            Call::Write { key, .. } | Call::Delete { key } => (*key, false),
             Call::Read { key, level: Level::Linearizable } => (*key, true),
             _ => continue,
         };
@@ -278,10 +279,11 @@ pub fn versions(operations: &[Operation]) -> Verdict {
         checked += 1;
         let uid = match (&operation.call, &operation.answer) {
             (Call::Write { uid, .. }, _) => Some(uid.as_str()),
+            (Call::Delete { .. }, _) => None,
             (_, Some(Answer::Value { uid, .. })) => uid.as_deref(),
             _ => continue,
         };
-        let version = uid.map_or(Some(0), |uid| version_of.get(uid).copied());
+        let version = uid.and_then(|uid| version_of.get(uid).copied());
         if is_read
             && let Some(Err(anomaly)) =
                 writes.get(&key).map(|writes| writes.judge(uid, known, operation.ended))
@@ -289,20 +291,58 @@ pub fn versions(operations: &[Operation]) -> Verdict {
             verdict.violation(anomaly.name(), format!("{} read: {}", anomaly.name(), describe(operation)));
             verdict.show(history_of(operations, key, operation));
         }
-        if let Some(version) = version
-            && (version < floor || (!is_read && version == floor && floor > 0))
-        {
-            verdict.violation("inversion", format!("index {version} after {floor}: {}", describe(operation)));
+        if let Some(version) = version.filter(|version| !floor.allows(*version, is_read)) {
+            let finding = format!("index {version} after {}: {}", floor.version, describe(operation));
+            verdict.violation("inversion", finding);
             verdict.show(history_of(operations, key, operation));
         }
         let entry = floors.entry(key).or_default();
-        entry.0 = entry.0.max(version.unwrap_or_default());
-        if let Some(write) = uid.and_then(|uid| writes.get(&key)?.of(uid)) {
-            entry.1.learn(write);
+        match (uid, version) {
+            (Some(_), Some(version)) => entry.0.rise(version),
+            (Some(_), None) => {}
+            (None, _) => entry.0.pass(floor),
+        }
+        match uid {
+            Some(uid) => {
+                if let Some(write) = writes.get(&key).and_then(|writes| writes.of(uid)) {
+                    entry.1.learn(write);
+                }
+            }
+            None if !is_read => entry.1.learn(operation),
+            None => {}
         }
     }
     verdict.figure("operations", checked as f64);
     verdict
+}
+
+/// What operations on a key that have ended leave to those that begin later.
+#[derive(Clone, Copy, Debug, Default)]
+struct Floor {
+    /// The highest version that was shown.
+    version: u64,
+    /// Whether that was gone afterwards, by a delete or by a read that found nothing.
+    is_gone: bool,
+}
+
+impl Floor {
+    /// Whether a version may be read, or be that of a write, by an operation that began here.
+    fn allows(self, version: u64, is_read: bool) -> bool {
+        version > self.version || (version == self.version && is_read && !self.is_gone)
+    }
+
+    /// A version was shown.
+    fn rise(&mut self, version: u64) {
+        if version > self.version {
+            *self = Floor { version, is_gone: false };
+        }
+    }
+
+    /// Absence was shown by an operation that began at a floor. Versions that were shown since may
+    /// be newer than that absence.
+    fn pass(&mut self, begun: Floor) {
+        self.is_gone |= self.version == begun.version;
+    }
 }
 
 /// The last operations of a key before the end of one of them.
@@ -326,7 +366,7 @@ fn history_of<'a>(
 #[cfg(test)]
 mod tests {
     use super::super::Judgement;
-    use super::super::testing::{at, by, failed, read, write};
+    use super::super::testing::{at, by, delete, failed, read, write};
     use super::*;
 
     fn both(operations: &[Operation]) -> (Judgement, Judgement) {
@@ -367,6 +407,63 @@ mod tests {
             by(read(1, "a", 6, 7), 2),
         ];
         assert_eq!(both(&flip), (Judgement::Invalid, Judgement::Invalid));
+    }
+
+    #[test]
+    fn a_deleted_key_reads_as_absent() {
+        let seen =
+            [at(write(1, "a", 1, 2), 5), at(read(1, "a", 3, 4), 5), delete(1, 5, 6), read(1, "", 7, 8)];
+        assert_eq!(both(&seen), (Judgement::Valid, Judgement::Valid));
+        let mut again = seen.to_vec();
+        again.extend([at(write(1, "b", 9, 10), 9), read(1, "b", 11, 12), at(read(1, "b", 13, 14), 9)]);
+        assert_eq!(both(&again), (Judgement::Valid, Judgement::Valid));
+        // A delete that nobody needed, and one that overlaps a write.
+        assert_eq!(both(&[delete(1, 1, 2), read(1, "", 3, 4)]), (Judgement::Valid, Judgement::Valid));
+        for last in ["a", ""] {
+            let overlap = [write(1, "a", 1, 4), by(delete(1, 2, 5), 2), read(1, last, 6, 7)];
+            assert_eq!(both(&overlap), (Judgement::Valid, Judgement::Valid));
+        }
+    }
+
+    #[test]
+    fn a_resurrected_delete_is_caught() {
+        let back = [write(1, "a", 1, 2), delete(1, 3, 4), read(1, "a", 5, 6)];
+        assert_eq!(both(&back), (Judgement::Invalid, Judgement::Invalid));
+        assert_eq!(versions(&back).figures["resurrected"], 1.0);
+        // Gone by a delete of unknown outcome, and there again.
+        let twice = [
+            at(write(1, "a", 1, 2), 5),
+            at(read(1, "a", 3, 4), 5),
+            by(delete(1, 5, 0), 2),
+            read(1, "", 6, 7),
+            at(read(1, "a", 8, 9), 5),
+        ];
+        assert_eq!(both(&twice), (Judgement::Invalid, Judgement::Invalid));
+        assert_eq!(versions(&twice).figures["inversion"], 1.0);
+        // Absence that was seen before the newer value was says nothing about it.
+        let newer = [
+            at(write(1, "a", 1, 2), 5),
+            by(delete(1, 3, 4), 2),
+            by(read(1, "", 5, 12), 3),
+            at(write(1, "b", 6, 7), 9),
+            at(read(1, "b", 8, 9), 9),
+            at(read(1, "b", 13, 14), 9),
+        ];
+        assert_eq!(both(&newer), (Judgement::Valid, Judgement::Valid));
+    }
+
+    #[test]
+    fn an_unknown_delete_may_have_happened_or_not() {
+        for last in ["a", ""] {
+            let either = [write(1, "a", 1, 2), delete(1, 3, 0), by(read(1, last, 4, 5), 2)];
+            assert_eq!(both(&either), (Judgement::Valid, Judgement::Valid));
+        }
+        let refused = [write(1, "a", 1, 2), failed(delete(1, 3, 4)), read(1, "", 5, 6)];
+        assert_eq!(both(&refused), (Judgement::Invalid, Judgement::Invalid));
+        // A write after every delete is not explained away by an older one.
+        let lost = [write(1, "a", 1, 2), delete(1, 3, 4), write(1, "b", 5, 6), read(1, "", 7, 8)];
+        assert_eq!(both(&lost), (Judgement::Invalid, Judgement::Invalid));
+        assert_eq!(versions(&lost).figures["lost"], 1.0);
     }
 
     #[test]
