@@ -1,9 +1,15 @@
 //! Whether the run means anything: the faults struck, enough succeeded, and nothing happened on
 //! the way that must not happen at all (a panic, a wrong exit code, replicas that stay apart).
+//!
+//! Where nodes die at crash points, every point that this build knows must have been hit. One that
+//! a node was started for and did not come to is a fault that could not be injected, and a violation.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+
+use shoal_proto::planted::CRASH_POINTS;
 
 use super::Verdict;
+use crate::faults::{Fault, crash};
 use crate::history::{Answer, History, Operation, Outcome, Phase};
 
 /// Counts faults, outcomes and statuses.
@@ -20,6 +26,7 @@ pub fn check(history: &History, operations: &[Operation]) -> Verdict {
     for (name, count) in &struck {
         verdict.figure(&format!("fault_{name}"), *count as f64);
     }
+    cover_crash_points(&mut verdict, history);
     let count = |outcome| operations.iter().filter(|operation| operation.outcome == outcome).count() as f64;
     let ok = count(Outcome::Ok);
     verdict.figure("ok", ok);
@@ -42,6 +49,23 @@ pub fn check(history: &History, operations: &[Operation]) -> Verdict {
         verdict.cannot_tell(format!("only {ok} operations succeeded, not {}", history.header.least_ok));
     }
     verdict
+}
+
+/// Counts the crash points that were hit, where the scenario is about them.
+fn cover_crash_points(verdict: &mut Verdict, history: &History) {
+    let name = Fault::CrashPoint.name();
+    let begun = history.faults().filter(|(_, fault, phase, _)| *fault == name && *phase == Phase::Begin);
+    let hit: BTreeSet<&str> = begun.filter_map(|(_, _, _, detail)| crash::point_of(detail)).collect();
+    if hit.is_empty() && !history.header.required.contains_key(&format!("fault_{name}")) {
+        return;
+    }
+    verdict.figure("crash_points_hit", hit.len() as f64);
+    verdict.figure("crash_points_known", CRASH_POINTS.len() as f64);
+    let names = CRASH_POINTS.iter().map(|(point, _)| *point);
+    let missed: Vec<&str> = names.filter(|point| !hit.contains(point)).collect();
+    if !missed.is_empty() {
+        verdict.cannot_tell(format!("no node died at {}", missed.join(", ")));
+    }
 }
 
 #[cfg(test)]
@@ -69,5 +93,29 @@ mod tests {
         assert_eq!(check(&history, &[write(1, "a", 1, 2)]).judgement, Judgement::Unknown);
         history.events.push(event("panic", Phase::Wrong));
         assert_eq!(check(&history, &[]).judgement, Judgement::Invalid);
+    }
+    #[test]
+    fn every_crash_point_must_be_hit() {
+        let mut history = History::default();
+        assert!(!check(&history, &[]).figures.contains_key("crash_points_known"));
+        let required = ("fault_crash-point".to_owned(), CRASH_POINTS.len() as u64);
+        history.header.required = BTreeMap::from([required]);
+        assert_eq!(check(&history, &[]).figures["crash_points_hit"], 0.0);
+        // One point as often as there are points is not all of them.
+        let died_at = |point: &str| Event::Fault {
+            seq: 0,
+            ns: 0,
+            name: "crash-point".into(),
+            phase: Phase::Begin,
+            detail: format!("n1 at {point}"),
+        };
+        let (first, _) = CRASH_POINTS[0];
+        history.events = CRASH_POINTS.iter().map(|_| died_at(first)).collect();
+        let verdict = check(&history, &[]);
+        assert_eq!((verdict.judgement, verdict.figures["crash_points_hit"]), (Judgement::Unknown, 1.0));
+        history.events = CRASH_POINTS.iter().map(|(point, _)| died_at(point)).collect();
+        let verdict = check(&history, &[]);
+        assert_eq!(verdict.judgement, Judgement::Valid);
+        assert_eq!(verdict.figures["crash_points_hit"], verdict.figures["crash_points_known"]);
     }
 }

@@ -15,10 +15,10 @@ const SNAPSHOT_LAG: Duration = Duration::from_secs(7);
 const DEATH_LIMIT: Duration = Duration::from_secs(20);
 
 /// Kills a node, prepares what leads it to the next of all crash points, and starts it to die
-/// there.
+/// there. Returns what [`point_of`] reads.
 ///
 /// # Errors
-/// When it does not die there.
+/// When it does not die there; then it does not run.
 pub async fn at_next_point(cluster: &mut Cluster, at: usize) -> Result<String> {
     let (point, percent) = CRASH_POINTS[cluster.crash_points % CRASH_POINTS.len()];
     cluster.crash_points += 1;
@@ -40,10 +40,21 @@ pub async fn at_next_point(cluster: &mut Cluster, at: usize) -> Result<String> {
     let died = node.exited(DEATH_LIMIT).await;
     node.unset_env("FAILPOINTS");
     let name = node.name().to_owned();
+    if died.is_err() {
+        // It could still die there, at a time when nothing is done to it.
+        node.kill()?;
+    }
     let code = died.with_context(|| format!("{name} did not come to {point}"))?;
     // By a signal it has no code.
     ensure!(code.is_none(), "{name} ended with {code:?} instead of dying at {point}");
     Ok(format!("{name} at {point}"))
+}
+
+/// The crash point at which a node died, by what was recorded of it; none when this build knows no
+/// such point.
+pub fn point_of(detail: &str) -> Option<&'static str> {
+    let (_, at) = detail.split_once(" at ")?;
+    CRASH_POINTS.iter().map(|(point, _)| *point).find(|point| *point == at)
 }
 
 fn first_replica(data: &Path) -> Result<PathBuf> {
@@ -55,12 +66,28 @@ fn first_replica(data: &Path) -> Result<PathBuf> {
     replicas.into_iter().next().context("the node has no replica")
 }
 
-/// Whether the nodes' build has crash points.
+/// Whether the nodes' build has the crash points that this one knows.
 ///
 /// # Errors
-/// When it has none.
+/// When it has none, or others: a point that only one of the two knows would never be hit.
 pub fn probe() -> Result<()> {
     let output = shoal("crash-points")?.output()?;
     ensure!(output.status.success(), "the nodes' build has none (make chaos-planted makes one that has)");
+    let listed = String::from_utf8_lossy(&output.stdout);
+    let are_known = listed.lines().eq(CRASH_POINTS.iter().map(|(point, _)| *point));
+    ensure!(are_known, "the nodes' build has other crash points than this one");
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_point_is_read_from_what_is_recorded() {
+        let (point, _) = CRASH_POINTS[3];
+        assert_eq!(point_of(&format!("n2 at {point}")), Some(point));
+        assert_eq!(point_of("n2 at somewhere"), None);
+        assert_eq!(point_of("n2"), None);
+    }
 }
