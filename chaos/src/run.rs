@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use rand::rngs::StdRng;
@@ -16,6 +16,7 @@ use tokio::task::JoinHandle;
 use crate::caller::Caller;
 use crate::checkers::{self, Verdict};
 use crate::cluster::{Cluster, Kit};
+use crate::faults::clock::seconds_since_1970;
 use crate::faults::net::Net;
 use crate::faults::{self, Fault, Need};
 use crate::history::{Call, Header, History, Level, Phase, Recorder, Sample};
@@ -311,10 +312,4 @@ fn monitor(cluster: &Cluster, recorder: &Arc<Recorder>) -> JoinHandle<()> {
             tokio::time::sleep(PROBE_EVERY).await;
         }
     })
-}
-
-fn seconds_since_1970() -> u64 {
-    #[expect(clippy::disallowed_methods, reason = "the date of a run is for people")]
-    let now = SystemTime::now();
-    now.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }

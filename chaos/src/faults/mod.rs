@@ -34,6 +34,10 @@ const DRAIN_DEADLINE: Duration = Duration::from_secs(90);
 const STOP_DEADLINE: Duration = Duration::from_secs(30);
 /// Frames take up to 100 ms.
 const SLOW: Quality = Quality { delay_ms: 100, lost: 0, doubled: 0, corrupted: 0 };
+/// How far a wall clock jumps, in seconds.
+const JUMP_SECONDS: i64 = 3600;
+/// How much of a jump may be missing or too much, in seconds: the question takes time.
+const JUMP_LEEWAY_SECONDS: i64 = 30;
 /// How often a strobing clock jumps.
 const STROBES: u32 = 40;
 /// The time between two jumps.
@@ -290,8 +294,8 @@ impl Fault {
                 cables(cluster)?.set(Quality { lost: 10, doubled: 5, corrupted: 1, ..SLOW });
                 "all".to_owned()
             }
-            Fault::ClockForward => set_clock(cluster, coin, 3600.0)?,
-            Fault::ClockBack => set_clock(cluster, coin, -3600.0)?,
+            Fault::ClockForward => return jump(cluster, coin, JUMP_SECONDS).await,
+            Fault::ClockBack => return jump(cluster, coin, -JUMP_SECONDS).await,
             Fault::ClockStrobe => {
                 let node = coin.random_range(0..count);
                 for step in 0..STROBES {
@@ -422,10 +426,18 @@ fn clock_of(cluster: &Cluster, at: usize) -> Result<&Clock> {
     cluster.members[at].clock.as_ref().context("the clocks cannot be set")
 }
 
-fn set_clock(cluster: &Cluster, coin: &mut StdRng, seconds: f64) -> Result<String> {
+/// Lets one node's wall clock jump, and asks the node what time it is then.
+async fn jump(cluster: &Cluster, coin: &mut StdRng, seconds: i64) -> Result<Injected> {
     let node = coin.random_range(0..cluster.len());
-    clock_of(cluster, node)?.set(seconds)?;
-    Ok(names(&[node]))
+    clock_of(cluster, node)?.set(seconds as f64)?;
+    let ahead = clock::seconds_ahead(cluster.members[node].node.client()).await?;
+    let detail = format!("{} is {ahead:+} s ahead by its own word", names(&[node]));
+    let has_jumped = (ahead - seconds).abs() <= JUMP_LEEWAY_SECONDS;
+    let wrong = (!has_jumped).then(|| Wrong {
+        name: "clock_did_not_jump",
+        detail: format!("{detail} and was to be {seconds:+} s"),
+    });
+    Ok(Injected { detail, wrong })
 }
 
 fn power_cut(
