@@ -2,7 +2,10 @@
 //!
 //! One process writes it, against one monotonic clock. An event is written *before* a request
 //! leaves and *after* its whole answer has arrived, so the order of events is an order that an
-//! outside observer could have seen. The file is JSON lines under zstd: a header, then events.
+//! outside observer could have seen. The file is JSON lines under zstd: a header, then events. It is
+//! made durable at the end of each phase of a run ([`Recorder::sync`]), so that what a phase has
+//! recorded is not lost when the machine goes down in the next one. Such a file has no end and is
+//! not judged, but `zstd -dc` shows what it holds.
 //!
 //! An operation ends in one of three ways (Jepsen's classification):
 //!
@@ -509,6 +512,22 @@ impl Recorder {
         self.write(|seq, ns| Event::Usage { seq, ns, node, rss_bytes, files });
     }
 
+    /// Makes what was recorded so far durable: called at the end of a phase.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn sync(&self) -> Result<()> {
+        let file = match self.file.lock().as_mut() {
+            Some(file) => {
+                file.flush()?;
+                file.get_ref().try_clone()?
+            }
+            None => return Ok(()),
+        };
+        // Without the lock: whoever records does not wait for the disk.
+        Ok(file.sync_all()?)
+    }
+
     /// Ends the file durably. What is recorded later is lost.
     ///
     /// # Errors
@@ -550,6 +569,23 @@ pub struct Ending {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_synced_is_in_the_file_before_its_end() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("history.jsonl.zst");
+        let recorder = Recorder::create(&path, &Header::default()).expect("created");
+        recorder.fault("kill", Phase::Moment, "n1");
+        recorder.sync().expect("synced");
+        let file = File::open(&path).expect("there");
+        let lines = BufReader::new(zstd::Decoder::new(file).expect("zstd")).lines();
+        let whole: Vec<String> = lines.map_while(Result::ok).collect();
+        assert_eq!(whole.len(), 2, "the header and an event: {whole:?}");
+        assert!(History::read(&path).is_err(), "a history without an end is not judged");
+        recorder.finish().expect("finished");
+        recorder.sync().expect("nothing is left to sync");
+        assert_eq!(History::read(&path).expect("whole").events.len(), 1);
+    }
 
     #[test]
     fn what_is_written_is_read() {

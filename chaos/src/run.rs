@@ -86,6 +86,7 @@ pub async fn run(
     };
     let file = dir.join("history.jsonl.zst");
     let recorder = Arc::new(Recorder::create(&file, &header)?);
+    recorder.sync()?;
     let watchers = [monitor(&cluster, &recorder), count(&cluster, &recorder), measure(&cluster, &recorder)];
     let pause = Duration::from_secs_f64(size.clients as f64 / size.rate as f64);
     let source = Source { clients: cluster.clients(), recorder: recorder.clone(), seed };
@@ -93,7 +94,9 @@ pub async fn run(
     cluster.crowd = Some(Crowd::new(source, size.clients));
 
     tokio::time::sleep(Duration::from_secs(size.calm)).await;
+    recorder.sync()?;
     strike(scenario, size, seed, &mut cluster, &recorder).await?;
+    recorder.sync()?;
     let patience = Duration::from_secs(size.patience);
     if let Err(error) = cluster.settled_under_load(patience).await {
         recorder.fault("not_settled", Phase::Wrong, &format!("after {patience:?}: {error:#}"));
@@ -105,7 +108,9 @@ pub async fn run(
     if let Err(error) = cluster.settled(patience).await {
         recorder.fault("not_converged", Phase::Wrong, &format!("after {patience:?}: {error:#}"));
     }
+    recorder.sync()?;
     read_everything(&cluster.clients(), &recorder, seed).await;
+    recorder.sync()?;
     tokio::time::sleep(2 * PROBE_EVERY).await;
     watchers.iter().for_each(JoinHandle::abort);
     for panic in cluster.panics() {
