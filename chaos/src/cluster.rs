@@ -175,9 +175,10 @@ impl Cluster {
     /// When it runs, or cannot be started.
     pub fn start(&mut self, at: usize) -> Result<()> {
         let member = &mut self.members[at];
-        member.runs.fetch_add(1, Ordering::Relaxed);
+        member.runs.fetch_add(1, Ordering::Release);
         member.node.start()?;
-        member.pid.store(member.node.pid().unwrap_or_default(), Ordering::Relaxed);
+        // After the count: whoever sees the new process sees that it is of another run.
+        member.pid.store(member.node.pid().unwrap_or_default(), Ordering::Release);
         Ok(())
     }
 

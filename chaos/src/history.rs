@@ -257,6 +257,9 @@ pub enum Event {
         ns: u64,
         /// The node, from 0.
         node: usize,
+        /// Counts the starts of its process; 0 in older histories, which do not tell.
+        #[serde(default)]
+        run: u64,
         /// Its resident memory.
         rss_bytes: u64,
         /// Its open files and connections.
@@ -304,6 +307,21 @@ pub struct Sample {
     pub last: u64,
     /// The latest agreed index at which the state was hashed, and the hash.
     pub hash: Option<(u64, String)>,
+}
+
+/// What a node's process held of the machine at a moment.
+#[derive(Clone, Copy, Debug)]
+pub struct Usage {
+    /// Nanoseconds since the run began.
+    pub ns: u64,
+    /// The node, from 0.
+    pub node: usize,
+    /// Counts the starts of its process; 0 in older histories, which do not tell.
+    pub run: u64,
+    /// Its resident memory.
+    pub rss_bytes: u64,
+    /// Its open files and connections.
+    pub files: u32,
 }
 
 /// An operation, put together from its events.
@@ -431,10 +449,12 @@ impl History {
         })
     }
 
-    /// What processes held of the machine: time, node, bytes of memory, open files.
-    pub fn usage(&self) -> impl Iterator<Item = (u64, usize, u64, u32)> {
+    /// What processes held of the machine, in order.
+    pub fn usage(&self) -> impl Iterator<Item = Usage> {
         self.events.iter().filter_map(|event| match event {
-            Event::Usage { ns, node, rss_bytes, files, .. } => Some((*ns, *node, *rss_bytes, *files)),
+            Event::Usage { ns, node, run, rss_bytes, files, .. } => {
+                Some(Usage { ns: *ns, node: *node, run: *run, rss_bytes: *rss_bytes, files: *files })
+            }
             _ => None,
         })
     }
@@ -507,9 +527,9 @@ impl Recorder {
         self.write(|seq, ns| Event::Probe { seq, ns, sample });
     }
 
-    /// A process holds so much.
-    pub fn usage(&self, node: usize, rss_bytes: u64, files: u32) {
-        self.write(|seq, ns| Event::Usage { seq, ns, node, rss_bytes, files });
+    /// The process that a node was started for the `run`th time holds so much.
+    pub fn usage(&self, node: usize, run: u64, rss_bytes: u64, files: u32) {
+        self.write(|seq, ns| Event::Usage { seq, ns, node, run, rss_bytes, files });
     }
 
     /// Makes what was recorded so far durable: called at the end of a phase.
@@ -585,6 +605,15 @@ mod tests {
         recorder.finish().expect("finished");
         recorder.sync().expect("nothing is left to sync");
         assert_eq!(History::read(&path).expect("whole").events.len(), 1);
+    }
+
+    #[test]
+    fn usage_of_an_older_history_has_no_run() {
+        let line = r#"{"kind":"usage","seq":1,"ns":2,"node":0,"rss_bytes":3,"files":4}"#;
+        let events = vec![serde_json::from_str(line).expect("an event")];
+        let history = History { events, ..History::default() };
+        let usage: Vec<(u64, u64)> = history.usage().map(|usage| (usage.run, usage.rss_bytes)).collect();
+        assert_eq!(usage, [(0, 3)]);
     }
 
     #[test]

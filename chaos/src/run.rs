@@ -251,14 +251,19 @@ const MEASURE_EVERY: Duration = Duration::from_secs(2);
 
 /// Looks up what every node's process holds of the machine, again and again.
 fn measure(cluster: &Cluster, recorder: &Arc<Recorder>) -> JoinHandle<()> {
-    let pids: Vec<_> = cluster.members.iter().map(|member| member.pid.clone()).collect();
+    let starts = cluster.members.iter().map(|member| (member.runs.clone(), member.pid.clone()));
+    let starts: Vec<_> = starts.collect();
     let recorder = recorder.clone();
     tokio::spawn(async move {
         loop {
-            for (node, pid) in pids.iter().enumerate() {
-                // A process that has ended holds nothing.
-                if let Some((rss_bytes, files)) = usage_of(pid.load(Ordering::Relaxed)) {
-                    recorder.usage(node, rss_bytes, files);
+            for (node, (runs, pid)) in starts.iter().enumerate() {
+                let run = runs.load(Ordering::Acquire);
+                // A process that has ended holds nothing, and one that was started meanwhile is of
+                // another run.
+                if let Some((rss_bytes, files)) = usage_of(pid.load(Ordering::Acquire))
+                    && runs.load(Ordering::Acquire) == run
+                {
+                    recorder.usage(node, run, rss_bytes, files);
                 }
             }
             tokio::time::sleep(MEASURE_EVERY).await;
