@@ -390,6 +390,21 @@ impl History {
         Ok(History { header, events })
     }
 
+    /// Writes a history file durably.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        let file = File::create(path).with_context(|| path.display().to_string())?;
+        let mut file = zstd::Encoder::new(file, 3)?;
+        let header = Header { format: FORMAT, ..self.header.clone() };
+        writeln!(file, "{}", serde_json::to_string(&header)?)?;
+        for event in &self.events {
+            writeln!(file, "{}", serde_json::to_string(event)?)?;
+        }
+        Ok(file.finish()?.sync_all()?)
+    }
+
     /// The operations in the order in which they began. One without an end is unknown.
     pub fn operations(&self) -> Vec<Operation> {
         let mut operations: Vec<Operation> = Vec::new();

@@ -13,6 +13,7 @@
 //! | [`workloads`], [`caller`] | clients, and how an answer is classified |
 //! | [`history`] | the record of a run |
 //! | [`checkers`] | pure functions from a history to a verdict |
+//! | [`shrink`](mod@shrink) | the smallest part of a history that is still invalid |
 //! | [`run`](mod@run), [`report`] | one run from start to verdict; what people read |
 //! | [`doctor`] | which faults this machine can do |
 //!
@@ -32,4 +33,5 @@ pub mod report;
 pub mod run;
 pub mod scenario;
 mod shell;
+pub mod shrink;
 pub mod workloads;

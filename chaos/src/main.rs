@@ -61,6 +61,17 @@ enum Command {
         /// A history file.
         file: PathBuf,
     },
+    /// Finds the smallest part of a history that a checker still calls invalid.
+    Shrink {
+        /// A history file.
+        file: PathBuf,
+        /// The checker; the first that calls the history invalid when absent.
+        #[arg(long)]
+        checker: Option<String>,
+        /// Where the part goes, as a history file; beside the history when absent.
+        #[arg(long)]
+        out: Option<PathBuf>,
+    },
     /// Writes the page from the results of runs, and prints them as a table.
     Report {
         /// The folder with `results.json`.
@@ -120,6 +131,10 @@ fn main() -> ExitCode {
         Command::Run(arguments) => run_all(&arguments),
         Command::Planted { bin, bug, out } => planted(&bin, bug.as_deref(), &out),
         Command::Check { file } => check(&file),
+        Command::Shrink { file, checker, out } => {
+            let out = out.unwrap_or_else(|| file.with_file_name("minimal.jsonl.zst"));
+            shrink(&file, checker.as_deref(), &out)
+        }
         Command::Report { out } => write_page(&out).map(|()| true),
         Command::ProbeNet { cables } => Net::create(1, cables).map(|_| true),
     };
@@ -230,9 +245,22 @@ fn planted(bin: &Path, only: Option<&str>, out: &Path) -> Result<bool> {
 }
 
 fn check(file: &Path) -> Result<bool> {
-    let judged = run::judge(file)?;
+    let mut judged = run::judge(file)?;
+    judged.minimize();
     print!("{}", report::text(&judged, true));
     Ok(report::passed(&judged.verdicts))
+}
+
+fn shrink(file: &Path, checker: Option<&str>, out: &Path) -> Result<bool> {
+    let judged = run::judge(file)?;
+    let shrunk = run::shrink(&judged, checker)?;
+    shrunk.history.write(out)?;
+    let findings = shrunk.verdict.findings.iter().map(|finding| format!("  - {finding}"));
+    println!("{} calls this invalid:", shrunk.verdict.checker);
+    findings.chain(shrunk.lines.iter().cloned()).for_each(|line| println!("{line}"));
+    let certainty = if shrunk.is_minimal { "minimal" } else { "perhaps not minimal" };
+    println!("{certainty} after {} judgements; {}", shrunk.judgements, out.display());
+    Ok(true)
 }
 
 /// Each run gets a process of its own, because it moves into a network of its own.
@@ -347,7 +375,7 @@ fn run_one(scenario: &Scenario, arguments: &RunArguments) -> Result<bool> {
         Err(_) => None,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let judged = match runtime.block_on(run::run(scenario, &size, seed, net, &work)) {
+    let mut judged = match runtime.block_on(run::run(scenario, &size, seed, net, &work)) {
         Ok(judged) => judged,
         Err(error) => {
             entry.result = RunResult::Failed;
@@ -355,6 +383,9 @@ fn run_one(scenario: &Scenario, arguments: &RunArguments) -> Result<bool> {
             return Err(error);
         }
     };
+    if !arguments.expect_caught {
+        judged.minimize();
+    }
     print!("{}", report::text(&judged, !arguments.expect_caught));
     let passed = report::passed(&judged.verdicts);
     entry.result = if passed { RunResult::Passed } else { RunResult::Failed };

@@ -14,13 +14,14 @@ use shoal_tests::Client;
 use tokio::task::JoinHandle;
 
 use crate::caller::Caller;
-use crate::checkers::{self, Verdict};
+use crate::checkers::{self, Judgement, Verdict};
 use crate::cluster::{Cluster, Kit};
 use crate::faults::clock::seconds_since_1970;
 use crate::faults::net::Net;
 use crate::faults::{self, Fault, Need};
 use crate::history::{Call, Header, History, Level, Phase, Recorder, Sample};
 use crate::scenario::{Scenario, Size};
+use crate::shrink::{self, Shrunk, has_parts};
 use crate::workloads::{Clients, Crowd, Source};
 
 /// How long the cluster may take to settle at first.
@@ -121,6 +122,46 @@ pub async fn run(
     recorder.finish()?;
     drop(cluster);
     judge(&file)
+}
+
+impl Judged {
+    /// Puts a minimal counterexample in place of the evidence of each broken promise that has one.
+    /// Where none can be made, what is there stays, and the reason is put to it.
+    pub fn minimize(&mut self) {
+        let is_broken =
+            |verdict: &&mut Verdict| verdict.judgement == Judgement::Invalid && has_parts(&verdict.checker);
+        for verdict in self.verdicts.iter_mut().filter(is_broken) {
+            match shrink_by(&self.history, &verdict.checker) {
+                Ok(shrunk) => verdict.evidence = shrunk.evidence(),
+                Err(error) => verdict.evidence.push(format!("not made smaller: {error:#}")),
+            }
+        }
+    }
+}
+
+/// The smallest part of a history that the first checker to call it invalid still calls invalid, or
+/// the checker of that name.
+///
+/// # Errors
+/// When no checker that can judge a part calls the history invalid.
+pub fn shrink(judged: &Judged, checker: Option<&str>) -> Result<Shrunk> {
+    let is_broken =
+        |verdict: &&Verdict| verdict.judgement == Judgement::Invalid && has_parts(&verdict.checker);
+    let first = judged.verdicts.iter().find(is_broken).map(|verdict| verdict.checker.as_str());
+    let checker = checker.or(first).with_context(|| {
+        let said: Vec<String> = judged
+            .verdicts
+            .iter()
+            .map(|verdict| format!("{} {:?}", verdict.checker, verdict.judgement).to_lowercase())
+            .collect();
+        format!("no checker that can judge a part calls it invalid: {}", said.join(", "))
+    })?;
+    shrink_by(&judged.history, checker)
+}
+
+fn shrink_by(history: &History, checker: &str) -> Result<Shrunk> {
+    let began = Instant::now();
+    shrink::shrink(history, checker, shrink::BUDGET, &|| began.elapsed())
 }
 
 /// Judges a history file.

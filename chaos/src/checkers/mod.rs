@@ -36,7 +36,7 @@ use crate::history::{History, Operation};
 /// The most findings that a verdict lists; all are counted.
 const MAX_FINDINGS: usize = 20;
 /// The most operations that a verdict shows as its evidence.
-const MAX_EVIDENCE: usize = 60;
+pub(crate) const MAX_EVIDENCE: usize = 60;
 
 /// What a checker came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -61,7 +61,8 @@ pub struct Verdict {
     pub figures: BTreeMap<String, f64>,
     /// What is wrong, the first of it.
     pub findings: Vec<String>,
-    /// The operations that show it: for people, and as small as it can cheaply be made.
+    /// The operations that show it, for people: what the checker came across, or a minimal
+    /// counterexample ([`crate::shrink`]) in its place.
     pub evidence: Vec<String>,
 }
 

@@ -33,19 +33,14 @@ pub fn check(operations: &[Operation]) -> Verdict {
             continue;
         }
         let touched = touching.get(key).map_or(&[][..], Vec::as_slice);
-        // The last thing that is certain, and that nothing overlaps or follows until the answer.
-        let last = touched
-            .iter()
-            .filter(|operation| operation.is_ok() && operation.ended < probe.began)
-            .max_by_key(|operation| operation.began);
-        let Some(last) = last else { continue };
+        let Some(last) = last_certain(touched, probe) else { continue };
         // At session level a client is owed what it has seen itself.
         if *level == Level::Session && last.process != probe.process {
             continue;
         }
-        let is_alone = touched.iter().all(|other| {
-            other.ended < last.began || std::ptr::eq(*other, *last) || other.began > probe.ended
-        });
+        let is_alone = touched
+            .iter()
+            .all(|other| other.ended < last.began || std::ptr::eq(*other, last) || other.began > probe.ended);
         if !is_alone {
             continue;
         }
@@ -64,12 +59,12 @@ pub fn check(operations: &[Operation]) -> Verdict {
             (true, false) if *way == Way::Graph => graph_missed += 1,
             (true, false) => {
                 verdict.violation("missed", format!("not found: {}", describe(probe)));
-                verdict.show([*last, probe]);
+                verdict.show([last, probe]);
             }
             (false, true) => {
                 let what = if expected.is_some() { "replaced_found" } else { "deleted_found" };
                 verdict.violation(what, format!("found though it is gone: {}", describe(probe)));
-                verdict.show([*last, probe]);
+                verdict.show([last, probe]);
             }
         }
     }
@@ -87,6 +82,13 @@ pub fn check(operations: &[Operation]) -> Verdict {
         verdict.cannot_tell("no probe could be judged".to_owned());
     }
     verdict
+}
+
+/// What a probe is judged by, of all that touches its key: the last that was certain to have happened
+/// before it. Only when nothing overlaps or follows that until the answer is the probe judged.
+pub(crate) fn last_certain<'a>(touching: &[&'a Operation], probe: &Operation) -> Option<&'a Operation> {
+    let certain = touching.iter().copied().filter(|other| other.is_ok() && other.ended < probe.began);
+    certain.max_by_key(|other| other.began)
 }
 
 #[cfg(test)]
