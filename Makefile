@@ -6,7 +6,7 @@ NODES ?= 3
 DOCS ?=
 SCHEMAS := $(TARGET)/python-kubernetes
 
-.PHONY: run test manifests bench chaos chaos-ci chaos-all chaos-planted chaos-tools build model setup lint doc fmt
+.PHONY: run test manifests bench chaos chaos-ci chaos-all chaos-docker chaos-planted chaos-tools build model setup lint doc fmt
 
 ## A cluster of NODES nodes on this machine, a corpus ingested, one search answered. Ctrl-C stops it.
 run: build model
@@ -41,6 +41,11 @@ chaos-ci: chaos-tools build
 ## Every row in its large size: a night.
 chaos-all: chaos-tools build
 	$(TARGET)/release/chaos run all --size nightly --out $(TARGET)/chaos
+
+## A selection with containers of a Docker Engine instead of network namespaces (about 4 minutes; no root, no registry).
+chaos-docker: build
+	$(TARGET)/release/chaos run baseline kill-leader rejoin zombie-leader --backend docker --seconds 26 \
+		--out $(TARGET)/chaos/docker
 
 ## Bugs on purpose, each of which chaos must catch. The build with the bugs is a file of its own.
 chaos-planted: chaos-tools build

@@ -1,4 +1,5 @@
-//! A cluster of real nodes: processes on hosts of their own, with disks that can be broken.
+//! A cluster of real nodes: processes or containers on hosts of their own, with disks that can be
+//! broken.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -10,12 +11,12 @@ use serde::Deserialize;
 use serde_json::json;
 use shoal_tests::settled::{check_converged, check_settled};
 use shoal_tests::view::View;
-use shoal_tests::{Client, Host, Node, Ports, Request};
+use shoal_tests::{Client, Node, Request};
 
+use crate::backend::Backend;
 use crate::disk::Disk;
 use crate::faults::clock::Clock;
 use crate::faults::limits::Limits;
-use crate::faults::net::Net;
 use crate::shell;
 use crate::workloads::Crowd;
 
@@ -23,8 +24,6 @@ use crate::workloads::Crowd;
 pub const COLLECTION: &str = "chaos";
 /// Numbers in the vector of a point.
 pub const DIMENSIONS: usize = 32;
-/// The ports of every node; each has an address of its own.
-const PORTS: Ports = Ports { http: 6333, grpc: 6334, mesh: 6335 };
 
 /// What a node's data is on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -80,12 +79,12 @@ impl Member {
     }
 }
 
-/// All nodes, and the network between them when there is one.
+/// All nodes, and what they run on.
 pub struct Cluster {
     /// The nodes.
     pub members: Vec<Member>,
-    /// The network; none when all share the machine's loopback.
-    pub net: Option<Net>,
+    /// The nodes' hosts and the network between them.
+    pub backend: Backend,
     /// How many crash points were used.
     pub crash_points: usize,
     /// More clients than usual, once there are any.
@@ -100,7 +99,7 @@ impl Cluster {
     pub fn create(
         dir: &Path,
         count: usize,
-        net: Option<Net>,
+        backend: Backend,
         kit: Kit,
         env: &[(String, String)],
     ) -> Result<Cluster> {
@@ -109,10 +108,7 @@ impl Cluster {
         std::fs::create_dir_all(&models)?;
         for number in 0..count {
             let name = format!("n{}", number + 1);
-            let (mut host, ports) = match &net {
-                Some(net) => (Host { address: net.address(number), launcher: net.launcher(number) }, PORTS),
-                None => (Host::default(), Ports::reserve()?),
-            };
+            let (mut host, ports) = backend.host(number)?;
             let clock = match kit.has_clocks {
                 true => Some(Clock::create(&dir.join(format!("{name}.clock")))?),
                 false => None,
@@ -156,7 +152,7 @@ impl Cluster {
             let others = addresses.iter().enumerate().filter(|(other, _)| *other != at);
             member.node.introduce(others.map(|(_, address)| address.clone()).collect(), count);
         }
-        Ok(Cluster { members, net, crash_points: 0, crowd: None })
+        Ok(Cluster { members, backend, crash_points: 0, crowd: None })
     }
 
     /// How many nodes there are, running or not.

@@ -5,7 +5,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 
 use crate::disk::Disk;
-use crate::faults::{Need, clock, crash, limits};
+use crate::faults::{Need, clock, containers, crash, limits};
 use crate::shell;
 
 /// Whether a need can be met, or why not.
@@ -15,6 +15,7 @@ use crate::shell;
 pub fn probe(need: Need) -> Result<()> {
     match need {
         Need::Nothing => Ok(()),
+        Need::Containers => containers::probe(),
         Need::Net => probe_net(false),
         Need::Cables => probe_net(true),
         Need::Clock => clock::probe(),

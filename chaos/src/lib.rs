@@ -9,7 +9,8 @@
 //! | module | what |
 //! |---|---|
 //! | [`scenario`] | what to run: a row of the matrix, in a small and a large size |
-//! | [`cluster`], [`faults`], [`disk`] | real processes, and what can be done to them |
+//! | [`cluster`], [`faults`], [`disk`] | real nodes, and what can be done to them |
+//! | [`backend`] | what nodes run as: processes, or containers of a Docker Engine |
 //! | [`workloads`], [`caller`] | clients, and how an answer is classified |
 //! | [`history`] | the record of a run |
 //! | [`checkers`] | pure functions from a history to a verdict |
@@ -17,11 +18,12 @@
 //! | [`run`](mod@run), [`report`] | one run from start to verdict; what people read |
 //! | [`doctor`] | which faults this machine can do |
 //!
-//! A run touches only what it has made itself: processes, namespaces, mounts and folders. A
-//! scenario whose faults this machine cannot do is reported as skipped, with the reason, and
-//! never as passed. A seed repeats the schedule of faults and what clients ask, not the timing of
-//! threads; the history is the record.
+//! A run touches only what it has made itself: processes, namespaces, mounts, containers and folders.
+//! A scenario whose faults this machine or the backend cannot do is reported as skipped, with the
+//! reason, and never as passed. A seed repeats the schedule of faults and what clients ask, not the
+//! timing of threads; the history is the record.
 
+pub mod backend;
 pub mod caller;
 pub mod checkers;
 pub mod cluster;

@@ -6,10 +6,11 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Parser, Subcommand, ValueEnum};
+use shoal_chaos::backend::{Backend, BackendKind};
 use shoal_chaos::checkers::Judgement;
 use shoal_chaos::doctor;
-use shoal_chaos::faults::Need;
 use shoal_chaos::faults::net::Net;
+use shoal_chaos::faults::{Need, containers};
 use shoal_chaos::report::{self, Entry, RunResult, Timeline};
 use shoal_chaos::run;
 use shoal_chaos::scenario::{Scenario, Size};
@@ -95,6 +96,9 @@ struct RunArguments {
     /// How large.
     #[arg(long, value_enum, default_value = "ci")]
     size: SizeName,
+    /// What the nodes run as.
+    #[arg(long, value_enum, default_value = "processes")]
+    backend: BackendKind,
     /// The seed of the schedule; random when absent, and printed.
     #[arg(long)]
     seed: Option<u64>,
@@ -151,6 +155,7 @@ fn main() -> ExitCode {
 fn examine() -> Result<bool> {
     let faults = [
         ("processes: kill, pause, restart, flipped bits", Need::Nothing),
+        ("containers: kill, pause, isolation (Docker Engine)", Need::Containers),
         ("network: partitions of any shape, loss (ip netns, veth, nft bridge)", Need::Net),
         ("network: delay, reordering, duplication, corruption (TAP)", Need::Cables),
         ("wall clocks that jump (libfaketime)", Need::Clock),
@@ -215,7 +220,8 @@ fn planted(bin: &Path, only: Option<&str>, out: &Path) -> Result<bool> {
     ensure!(!wanted.is_empty(), "there is no such bug");
     for (bug, name) in wanted {
         println!("planted: {name}");
-        if let Some(reason) = missing(known.iter().find(|known| known.name == scenario_for(*bug))) {
+        let scenario = known.iter().find(|known| known.name == scenario_for(*bug));
+        if let Some(reason) = scenario.and_then(|known| missing(known, &known.ci, BackendKind::Processes)) {
             println!("  skipped, so nobody knows whether it would be caught: {reason}");
             skipped.push(*name);
             continue;
@@ -287,6 +293,7 @@ fn run_all(arguments: &RunArguments) -> Result<bool> {
     for scenario in wanted {
         let mut command = std::process::Command::new(std::env::current_exe()?);
         command.args(["run", &scenario.name, "--size", arguments.size.name()]);
+        command.args(["--backend", arguments.backend.name()]);
         command.arg("--out").arg(&arguments.out);
         if let Some(dir) = &arguments.dir {
             command.arg("--dir").arg(dir);
@@ -342,7 +349,12 @@ fn run_one(scenario: &Scenario, arguments: &RunArguments) -> Result<bool> {
     }
     let seed = arguments.seed.unwrap_or_else(rand::random);
     let only: String = arguments.fault.iter().map(|fault| format!(" --fault {fault}")).collect();
-    let command = format!("chaos run {} --size {} --seed {seed}{only}", scenario.name, arguments.size.name());
+    let backend = match arguments.backend {
+        BackendKind::Processes => String::new(),
+        other => format!(" --backend {}", other.name()),
+    };
+    let command =
+        format!("chaos run {} --size {}{backend} --seed {seed}{only}", scenario.name, arguments.size.name());
     println!("row {} {}: {}", scenario.row, scenario.name, scenario.promise);
     println!("  {command}");
     let mut entry = Entry {
@@ -356,7 +368,7 @@ fn run_one(scenario: &Scenario, arguments: &RunArguments) -> Result<bool> {
         command,
         timeline: Timeline::default(),
     };
-    if let Some(reason) = missing(Some(scenario)) {
+    if let Some(reason) = missing(scenario, &size, arguments.backend) {
         println!("  skipped: {reason}");
         if arguments.expect_caught {
             return Ok(false);
@@ -370,12 +382,9 @@ fn run_one(scenario: &Scenario, arguments: &RunArguments) -> Result<bool> {
     clear(&work)?;
     let work = work.canonicalize()?;
     // Before there is any other thread: threads inherit the network of who starts them.
-    let net = match doctor::probe(Need::Net) {
-        Ok(()) => Some(Net::create(size.nodes, scenario.needs(Need::Cables))?),
-        Err(_) => None,
-    };
+    let backend = Backend::create(arguments.backend, size.nodes, scenario.needs(Need::Cables), &work)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let mut judged = match runtime.block_on(run::run(scenario, &size, seed, net, &work)) {
+    let mut judged = match runtime.block_on(run::run(scenario, &size, seed, backend, &work)) {
         Ok(judged) => judged,
         Err(error) => {
             entry.result = RunResult::Failed;
@@ -413,11 +422,14 @@ fn run_one(scenario: &Scenario, arguments: &RunArguments) -> Result<bool> {
 }
 
 /// Why a scenario cannot run here, if it cannot.
-fn missing(scenario: Option<&Scenario>) -> Option<String> {
-    scenario?.faults.iter().find_map(|fault| {
-        let error = doctor::probe(fault.need()).err()?;
-        Some(format!("{}: {error:#}", fault.name()))
-    })
+fn missing(scenario: &Scenario, size: &Size, backend: BackendKind) -> Option<String> {
+    match backend.needs(scenario, size.nodes) {
+        Ok(needs) => needs.into_iter().find_map(|(who, need)| {
+            let error = doctor::probe(need).err()?;
+            Some(format!("{who}: {error:#}"))
+        }),
+        Err(error) => Some(format!("{error:#}")),
+    }
 }
 
 /// An empty folder, whatever a run before has left there.
@@ -426,6 +438,7 @@ fn clear(dir: &Path) -> Result<()> {
         let is_ours = dir.join("history.jsonl.zst").exists() || std::fs::read_dir(dir)?.next().is_none();
         let is_ours = is_ours || dir.join("n1").exists();
         ensure!(is_ours, "{} is not a folder of a run", dir.display());
+        containers::clear(&dir.canonicalize()?)?;
         unmount_below(&dir.canonicalize()?)?;
         std::fs::remove_dir_all(dir).with_context(|| format!("remove {}", dir.display()))?;
     }

@@ -13,11 +13,11 @@ use rand::{RngExt, SeedableRng};
 use shoal_tests::Client;
 use tokio::task::JoinHandle;
 
+use crate::backend::Backend;
 use crate::caller::Caller;
 use crate::checkers::{self, Judgement, Verdict};
 use crate::cluster::{Cluster, Kit};
 use crate::faults::clock::seconds_since_1970;
-use crate::faults::net::Net;
 use crate::faults::{self, Fault, Need};
 use crate::history::{Call, Header, History, Level, Phase, Recorder, Sample};
 use crate::scenario::{Scenario, Size};
@@ -52,7 +52,7 @@ pub async fn run(
     scenario: &Scenario,
     size: &Size,
     seed: u64,
-    net: Option<Net>,
+    backend: Backend,
     dir: &Path,
 ) -> Result<Judged> {
     std::fs::create_dir_all(dir)?;
@@ -62,7 +62,7 @@ pub async fn run(
         has_clocks: scenario.needs(Need::Clock),
         has_limits: scenario.needs(Need::Limits),
     };
-    let mut cluster = Cluster::create(dir, size.nodes, net, kit, &env)?;
+    let mut cluster = Cluster::create(dir, size.nodes, backend, kit, &env)?;
     for at in 0..cluster.len() {
         cluster.start(at)?;
     }

@@ -1,5 +1,6 @@
-//! Commands of the system that faults need: `ip`, `nft`, `mount`.
+//! Commands of the system that faults need: `ip`, `nft`, `mount`, `docker`.
 
+use std::ffi::OsStr;
 use std::io::Write;
 use std::process::{Command, Stdio};
 
@@ -10,12 +11,20 @@ use anyhow::{Context, Result, ensure};
 /// # Errors
 /// When it does not exist or fails.
 pub fn run(words: &str) -> Result<String> {
-    let words: Vec<&str> = words.split_whitespace().collect();
+    let words: Vec<&OsStr> = words.split_whitespace().map(OsStr::new).collect();
+    run_words(&words)
+}
+
+/// The same, word by word, for words that may hold spaces, as paths do.
+///
+/// # Errors
+/// When it does not exist or fails.
+pub fn run_words(words: &[&OsStr]) -> Result<String> {
     let (program, arguments) = words.split_first().context("no command")?;
     let output = Command::new(program).args(arguments).stdin(Stdio::null()).output();
-    let output = output.with_context(|| format!("{program} does not run"))?;
+    let output = output.with_context(|| format!("{} does not run", program.display()))?;
     let complaint = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "{}: {}", words.join(" "), complaint.trim());
+    ensure!(output.status.success(), "{}: {}", words.join(OsStr::new(" ")).display(), complaint.trim());
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 

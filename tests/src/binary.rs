@@ -5,7 +5,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
-/// The binary under test: `SHOAL_BIN`, or the one beside the tests.
+/// The binary under test: `SHOAL_BIN`, or the one beside the tests. Its path is absolute and has no
+/// symbolic links, so that it means the same wherever a launcher runs it.
 ///
 /// # Errors
 /// When there is none.
@@ -15,7 +16,7 @@ pub fn binary() -> Result<PathBuf> {
         None => target_dir()?.join("shoal"),
     };
     ensure!(path.is_file(), "{} does not exist: build it first (cargo build --release)", path.display());
-    Ok(path)
+    Ok(path.canonicalize()?)
 }
 
 /// The directory of the profile that this program was built with, such as `target/release`. The

@@ -21,6 +21,7 @@ pub mod bench;
 pub mod binary;
 pub mod client;
 pub mod cluster;
+pub mod container;
 pub mod documents;
 pub mod http;
 pub mod node;
@@ -36,6 +37,7 @@ pub mod writers;
 
 pub use client::{Client, Request};
 pub use cluster::Cluster;
+pub use container::Container;
 pub use documents::{Store, models};
 pub use http::{NotConnected, Reply};
 pub use node::{Host, KEY, Node};

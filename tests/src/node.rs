@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::binary::shoal_under;
 use crate::client::{Client, Request};
+use crate::container::Container;
 use crate::ports::Ports;
 use crate::view::{self, View};
 use crate::wait::wait_until;
@@ -28,12 +29,14 @@ pub struct Host {
     pub address: String,
     /// The command that starts it there and becomes it; empty to start it as it is.
     pub launcher: Vec<String>,
+    /// The container that it runs in there; none when it is a plain process.
+    pub container: Option<Container>,
 }
 
 impl Default for Host {
     /// This machine's loopback.
     fn default() -> Self {
-        Host { address: "127.0.0.1".to_owned(), launcher: Vec::new() }
+        Host { address: "127.0.0.1".to_owned(), launcher: Vec::new(), container: None }
     }
 }
 
@@ -122,7 +125,11 @@ impl Node {
 
     /// Its process id while it has a process, for what the kernel knows of that.
     pub fn pid(&self) -> Option<u32> {
-        self.child.as_ref().map(Child::id)
+        let child = self.child.as_ref()?;
+        match &self.host.container {
+            Some(container) => container.pid(),
+            None => Some(child.id()),
+        }
     }
 
     /// Whether it runs and is not paused.
@@ -163,7 +170,12 @@ impl Node {
     pub fn start(&mut self) -> Result<()> {
         ensure!(self.child.is_none(), "{} runs already", self.name);
         let log = File::options().create(true).append(true).open(self.log_file())?;
-        let mut command = shoal_under(&self.host.launcher, "serve")?;
+        let mut launcher = self.host.launcher.clone();
+        if let Some(container) = &self.host.container {
+            container.remove()?;
+            launcher.extend(container.launcher(self.env.keys()));
+        }
+        let mut command = shoal_under(&launcher, "serve")?;
         command.args(["--name", &self.name]).arg("--data").arg(self.data_dir());
         command.args(["--http", &self.http_address(), "--grpc", &self.grpc_address()]);
         command.args(["--mesh", &self.mesh_address()]);
@@ -172,8 +184,12 @@ impl Node {
             command.args(["--join", &self.join.join(","), "--expect", &self.expect.to_string()]);
         }
         command.envs(&self.env).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
-        self.child = Some(command.spawn().with_context(|| format!("start {}", self.name))?);
-        Ok(())
+        let child = command.spawn().with_context(|| format!("start {}", self.name))?;
+        let child = self.child.insert(child);
+        match &self.host.container {
+            Some(container) => container.wait_started(child),
+            None => Ok(()),
+        }
     }
 
     /// Whether it has no process, because it was never started or has ended.
@@ -224,7 +240,10 @@ impl Node {
     pub fn kill(&mut self) -> Result<()> {
         self.is_paused = false;
         if let Some(mut child) = self.child.take() {
-            child.kill()?;
+            match &self.host.container {
+                Some(container) => container.end(&mut child)?,
+                None => child.kill()?,
+            }
             child.wait()?;
         }
         Ok(())
@@ -260,7 +279,10 @@ impl Node {
         })
         .await?;
         self.child = None;
-        Ok(status.code())
+        Ok(match &self.host.container {
+            Some(_) => Container::code(status),
+            None => status.code(),
+        })
     }
 
     /// Stops it in its tracks (SIGSTOP); to others it is silent, to itself no time passes.
@@ -285,6 +307,9 @@ impl Node {
     #[expect(unsafe_code, reason = "std sends no signal but SIGKILL")]
     fn signal(&self, signal: i32) -> Result<()> {
         let child = self.child.as_ref().with_context(|| format!("{} does not run", self.name))?;
+        if let Some(container) = &self.host.container {
+            return container.signal(signal);
+        }
         let pid = libc::pid_t::try_from(child.id())?;
         // SAFETY: kill touches no memory. The pid is still our child's: it was not waited for.
         let sent = unsafe { libc::kill(pid, signal) };

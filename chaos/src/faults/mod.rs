@@ -3,9 +3,11 @@
 
 pub mod cable;
 pub mod clock;
+pub mod containers;
 pub mod crash;
 pub mod limits;
 pub mod net;
+pub mod partition;
 
 use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
@@ -15,14 +17,14 @@ use anyhow::{Context, Result, ensure};
 use rand::RngExt;
 use rand::rngs::StdRng;
 use serde::{Deserialize, Serialize};
+use shoal_tests::Node;
 
 use crate::cluster::{Cluster, DiskKind};
 use crate::disk::flip;
 use crate::disk::journal::Survivors;
 use crate::shell;
-use cable::{Cables, Quality, Suffered};
+use cable::{Quality, Suffered};
 use clock::Clock;
-use net::{CLIENTS, between, bridge, ring};
 
 /// How a node must exit after a sync has failed.
 const EXIT_FSYNC: i32 = 74;
@@ -122,6 +124,8 @@ pub enum Fault {
 pub enum Need {
     /// Signals alone.
     Nothing,
+    /// Containers instead of processes.
+    Containers,
     /// A network of its own.
     Net,
     /// Cables that can be bad.
@@ -163,7 +167,7 @@ impl Fault {
         name.expect("a fault is a name")
     }
 
-    /// What it needs.
+    /// What it needs where nodes are processes; [`crate::backend`] knows what containers can do.
     pub fn need(self) -> Need {
         use Fault::*;
         match self {
@@ -227,7 +231,6 @@ impl Fault {
     pub async fn inject(self, cluster: &mut Cluster, coin: &mut StdRng) -> Result<Injected> {
         let count = cluster.len();
         let all: Vec<usize> = (0..count).collect();
-        let others = |of: usize| -> Vec<usize> { (0..count).filter(|at| *at != of).collect() };
         let detail = match self {
             Fault::KillLeader => kill(cluster, &[cluster.leader().await?])?,
             Fault::KillMinority => {
@@ -242,56 +245,25 @@ impl Fault {
                 names(&[leader])
             }
             Fault::RollingRestart => return rolling_restart(cluster).await,
-            Fault::LeaderInMinority => {
-                let leader = cluster.leader().await?;
-                cut(cluster, between(&[leader], &others(leader)))?;
-                names(&[leader])
-            }
-            Fault::LeaderInMajority => {
-                let leader = cluster.leader().await?;
-                let minority: Vec<usize> = others(leader).into_iter().take((count - 1) / 2).collect();
-                let majority: Vec<usize> = all.iter().copied().filter(|at| !minority.contains(at)).collect();
-                cut(cluster, between(&minority, &majority))?;
-                format!("{} with the leader, {} apart", names(&majority), names(&minority))
-            }
-            Fault::IsolateFollower => {
-                let follower = cluster.follower().await?;
-                cut(cluster, between(&[follower], &others(follower)))?;
-                names(&[follower])
-            }
-            Fault::LeaderIsDeaf => {
-                let leader = cluster.leader().await?;
-                cut(cluster, others(leader).into_iter().map(|from| (from, leader)).collect())?;
-                names(&[leader])
-            }
-            Fault::LeaderIsMute => {
-                let leader = cluster.leader().await?;
-                cut(cluster, others(leader).into_iter().map(|to| (leader, to)).collect())?;
-                names(&[leader])
-            }
-            Fault::Bridge => {
-                cut(cluster, bridge(count))?;
-                format!("{} is the bridge", names(&[count / 2]))
-            }
-            Fault::MajorityRing => {
-                cut(cluster, ring(count))?;
-                "everybody sees neighbours".to_owned()
-            }
-            Fault::AnswersLost => {
-                let node = coin.random_range(0..count);
-                cut(cluster, BTreeSet::from([(node, CLIENTS)]))?;
-                names(&[node])
-            }
+            Fault::LeaderInMinority
+            | Fault::LeaderInMajority
+            | Fault::IsolateFollower
+            | Fault::LeaderIsDeaf
+            | Fault::LeaderIsMute
+            | Fault::Bridge
+            | Fault::MajorityRing
+            | Fault::AnswersLost => partition::begin(self, cluster, coin).await?,
             Fault::PacketLoss => {
-                cluster.net.as_ref().context("there is no network of its own")?.lose(20)?;
+                cluster.backend.net()?.lose(20)?;
                 "20 percent".to_owned()
             }
             Fault::SlowCables => {
-                cables(cluster)?.set(SLOW);
+                cluster.backend.net()?.cables()?.set(SLOW);
                 "all".to_owned()
             }
             Fault::BadCables => {
-                cables(cluster)?.set(Quality { lost: 10, doubled: 5, corrupted: 1, ..SLOW });
+                let bad = Quality { lost: 10, doubled: 5, corrupted: 1, ..SLOW };
+                cluster.backend.net()?.cables()?.set(bad);
                 "all".to_owned()
             }
             Fault::ClockForward => return jump(cluster, coin, JUMP_SECONDS).await,
@@ -366,8 +338,8 @@ impl Fault {
 /// When that cannot be done.
 pub fn heal(cluster: &mut Cluster) -> Result<Option<Suffered>> {
     let mut suffered = None;
-    if let Some(net) = &cluster.net {
-        net.cut(&BTreeSet::new())?;
+    cluster.backend.cut(&BTreeSet::new())?;
+    if let Ok(net) = cluster.backend.net() {
         net.lose(0)?;
         if let Ok(cables) = net.cables() {
             cables.set(Quality::default());
@@ -402,24 +374,23 @@ fn names(nodes: &[usize]) -> String {
 }
 
 fn kill(cluster: &mut Cluster, nodes: &[usize]) -> Result<String> {
-    // All at once: first the signals, then the waiting.
+    let mut running = Vec::new();
     for at in nodes {
         if !cluster.members[*at].node.has_exited()? {
-            cluster.members[*at].node.strike()?;
+            running.push(*at);
         }
     }
+    // All at once: first the signals, side by side because an engine takes its time for each, then
+    // the waiting.
+    let running: Vec<&Node> = running.iter().map(|at| &cluster.members[*at].node).collect();
+    std::thread::scope(|scope| {
+        let strikes: Vec<_> = running.iter().map(|node| scope.spawn(move || node.strike())).collect();
+        strikes.into_iter().try_for_each(|strike| strike.join().expect("a signal does not panic"))
+    })?;
     for at in nodes {
         cluster.members[*at].node.kill()?;
     }
     Ok(names(nodes))
-}
-
-fn cut(cluster: &Cluster, pairs: BTreeSet<(usize, usize)>) -> Result<()> {
-    cluster.net.as_ref().context("there is no network of its own")?.cut(&pairs)
-}
-
-fn cables(cluster: &Cluster) -> Result<&Cables> {
-    cluster.net.as_ref().context("there is no network of its own")?.cables()
 }
 
 fn clock_of(cluster: &Cluster, at: usize) -> Result<&Clock> {

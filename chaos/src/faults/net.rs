@@ -33,8 +33,6 @@ pub struct Net {
 
 /// Ends of links: node `n` is end `n + 1`.
 const CONTROLLER: usize = 0;
-/// In a cut, the clients instead of a node.
-pub const CLIENTS: usize = usize::MAX;
 
 impl Net {
     /// Makes the network, with cables that can be bad or without, and moves the calling thread into
@@ -170,44 +168,7 @@ fn path_of(namespace: &str) -> PathBuf {
     Path::new("/run/netns").join(namespace)
 }
 
+/// The end of a node. That of [`CLIENTS`](super::partition::CLIENTS) is the controller's.
 fn end(of: usize) -> usize {
     of.wrapping_add(1)
-}
-
-/// Both directions between every node of one side and every node of the other.
-pub fn between(one: &[usize], other: &[usize]) -> BTreeSet<(usize, usize)> {
-    let pairs = one.iter().flat_map(|a| other.iter().map(move |b| (*a, *b)));
-    pairs.flat_map(|(a, b)| [(a, b), (b, a)]).collect()
-}
-
-/// Every node reaches only its own neighbours on a ring, so that each sees a majority of five
-/// and no two see the same one.
-pub fn ring(nodes: usize) -> BTreeSet<(usize, usize)> {
-    let reach = nodes / 4;
-    let distance = |a: usize, b: usize| a.abs_diff(b).min(nodes - a.abs_diff(b));
-    let pairs = (0..nodes).flat_map(|a| (0..nodes).map(move |b| (a, b)));
-    pairs.filter(|(a, b)| distance(*a, *b) > reach.max(1)).collect()
-}
-
-/// One node sees both halves, which do not see each other.
-pub fn bridge(nodes: usize) -> BTreeSet<(usize, usize)> {
-    let half = nodes / 2;
-    let (one, other): (Vec<usize>, Vec<usize>) = ((0..half).collect(), (half + 1..nodes).collect());
-    between(&one, &other)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn shapes_of_partitions() {
-        assert_eq!(between(&[0], &[1, 2]), BTreeSet::from([(0, 1), (1, 0), (0, 2), (2, 0)]));
-        // Of five each reaches itself and two others.
-        let cuts = ring(5);
-        assert!((0..5).all(|a| cuts.iter().filter(|(from, _)| *from == a).count() == 2), "{cuts:?}");
-        // Of three, node 1 is the bridge between 0 and 2.
-        assert_eq!(bridge(3), between(&[0], &[2]));
-        assert_eq!(bridge(5), between(&[0, 1], &[3, 4]));
-    }
 }
