@@ -22,7 +22,7 @@ const SETTLE_DEADLINE: Duration = Duration::from_secs(90);
 const REST_DEADLINE: Duration = Duration::from_secs(180);
 
 /// One cluster at a time in a test process: they share two cores and one disk.
-static ALONE: Mutex<()> = Mutex::const_new(());
+pub(crate) static ALONE: Mutex<()> = Mutex::const_new(());
 
 /// A cluster to be started.
 pub struct Builder {
@@ -268,9 +268,7 @@ impl Cluster {
     /// # Errors
     /// When a log has a panic.
     pub fn finish(self) -> Result<()> {
-        let log: Vec<String> = self.nodes.iter().map(Node::log).collect();
-        let panic = log.iter().flat_map(|log| log.lines()).find(|line| line.contains("panicked at"));
-        ensure!(panic.is_none(), "a node panicked: {}", panic.unwrap_or_default());
+        self.nodes.iter().try_for_each(Node::check_panics)?;
         self.finish_despite_panics()
     }
 

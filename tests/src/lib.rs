@@ -3,7 +3,9 @@
 //! ```text
 //!  tests/*.rs ─▶ Cluster ─▶ Node (one process, its directory, its ports, its log)
 //!      │            └─ views of /admin/cluster: leaders, settled, converged
-//!      └─▶ Points, Store, Writers ─▶ Client (deadline, retry with one Idempotency-Key) ─▶ Http
+//!      ├─▶ Points, Store, Writers ─▶ Client (deadline, retry with one Idempotency-Key) ─▶ Http
+//!      └─▶ StatefulSet ─▶ Pod ─▶ Kubelet, Node: as Kubernetes would, by the numbers of k8s/base
+//!              └─ Service: one address for clients, and the pods that are ready behind it
 //! ```
 //!
 //! The binary is the one beside the tests: `target/release/shoal` for tests in
@@ -24,13 +26,18 @@ pub mod cluster;
 pub mod container;
 pub mod documents;
 pub mod http;
+pub mod kubelet;
+pub mod manifest;
 pub mod node;
+pub mod pod;
 pub mod points;
 pub mod ports;
 pub mod python;
 pub mod searcher;
+pub mod service;
 pub mod settled;
 pub mod shared;
+pub mod stateful_set;
 pub mod view;
 pub mod wait;
 pub mod writers;
@@ -40,10 +47,13 @@ pub use cluster::Cluster;
 pub use container::Container;
 pub use documents::{Store, models};
 pub use http::{NotConnected, Reply};
+pub use manifest::PodManagement;
 pub use node::{Host, KEY, Node};
+pub use pod::Stopped;
 pub use points::{Freshness, Points, point, vector};
 pub use ports::Ports;
 pub use searcher::{Searched, Searcher};
+pub use stateful_set::StatefulSet;
 pub use wait::{say, skip, wait_until};
 pub use writers::{Writers, Written};
 

@@ -338,6 +338,17 @@ impl Node {
         lines[lines.len().saturating_sub(count)..].join("\n")
     }
 
+    /// Checks that it has never panicked.
+    ///
+    /// # Errors
+    /// The line of its log that tells of a panic.
+    pub fn check_panics(&self) -> Result<()> {
+        let log = self.log();
+        let panic = log.lines().find(|line| line.contains("panicked at"));
+        ensure!(panic.is_none(), "{} panicked: {}", self.name, panic.unwrap_or_default());
+        Ok(())
+    }
+
     fn log_file(&self) -> PathBuf {
         self.dir.join("node.log")
     }

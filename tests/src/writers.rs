@@ -57,11 +57,17 @@ pub struct Written {
 impl Writers {
     /// Starts so many writers of one collection, each at another node to begin with.
     pub fn start(cluster: &Cluster, collection: &str, count: u64) -> Writers {
+        Writers::through(&cluster.any(), collection, count)
+    }
+
+    /// Starts so many writers of one collection, each with connections of its own to the addresses of a
+    /// client, and at another of them to begin with.
+    pub fn through(client: &Client, collection: &str, count: u64) -> Writers {
         let stop = Arc::new(AtomicBool::new(false));
         let acknowledged = Arc::new(AtomicU64::new(0));
         let start = |writer: u64| {
             let client =
-                cluster.any().with_limits(WRITE_DEADLINE, ATTEMPT_TIMEOUT).starting_at(writer as usize);
+                client.clone().with_limits(WRITE_DEADLINE, ATTEMPT_TIMEOUT).starting_at(writer as usize);
             let (stop, acknowledged) = (stop.clone(), acknowledged.clone());
             let collection = collection.to_owned();
             tokio::spawn(async move {
