@@ -97,6 +97,7 @@ pub async fn run(
     tokio::time::sleep(Duration::from_secs(size.calm)).await;
     recorder.sync()?;
     strike(scenario, size, seed, &mut cluster, &recorder).await?;
+    tokio::time::sleep(Duration::from_secs(size.tail)).await;
     recorder.sync()?;
     let patience = Duration::from_secs(size.patience);
     if let Err(error) = cluster.settled_under_load(patience).await {

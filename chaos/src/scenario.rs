@@ -86,6 +86,9 @@ pub struct Size {
     /// How often each fault must have struck.
     #[serde(default)]
     pub each: u64,
+    /// Seconds of work after the last fault: what grows slowly shows only in processes that live long.
+    #[serde(default)]
+    pub tail: u64,
     /// How much a node's memory may grow in an hour, in percent; only long runs can tell.
     pub most_growth_percent_per_hour: Option<f64>,
     /// The least number of operations that must have succeeded.

@@ -20,7 +20,7 @@ use std::net::{Ipv4Addr, TcpStream};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use shoal_tests::{Container, Host};
@@ -36,6 +36,9 @@ const FIRST_HOST: usize = 11;
 const SUBNETS: u32 = 64;
 /// How long a probe waits for an answer. The first one after a change of networks takes a second.
 const ANSWER_LIMIT: Duration = Duration::from_secs(3);
+/// How long a container that is connected again may take to be reached, and the pause between two tries.
+const BACK_LIMIT: Duration = Duration::from_secs(15);
+const BACK_PAUSE: Duration = Duration::from_millis(100);
 
 /// The image, the network and whatever runs there. All of it is removed when this is dropped.
 pub struct Containers {
@@ -256,7 +259,12 @@ pub fn probe() -> Result<()> {
         containers.isolate(&BTreeSet::from([0]))?;
         ensure!(!is_reached(&address)?, "a container is reached without a network");
         containers.isolate(&BTreeSet::new())?;
-        ensure!(is_reached(&address)?, "a container is not reached on the network again");
+        // Whoever has asked in vain a moment ago asks for the way again only after a while.
+        let deadline = Instant::now() + BACK_LIMIT;
+        while !is_reached(&address)? {
+            ensure!(Instant::now() < deadline, "a container is not reached on the network again");
+            std::thread::sleep(BACK_PAUSE);
+        }
         container.signal(libc::SIGKILL)
     });
     container.end(&mut child)?;
