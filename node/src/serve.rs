@@ -24,7 +24,7 @@ use shoal_actors::work::WorkConfig;
 use shoal_actors::{NodeConfig, Running, start};
 use shoal_raft::Peers;
 use shoal_raft::cluster::Addresses;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::app::App;
 use crate::config::Config;
@@ -38,6 +38,7 @@ const DRAIN: Duration = Duration::from_secs(5);
 /// # Errors
 /// What keeps it from starting, in words for the operator.
 pub async fn run(config: Config) -> Result<()> {
+    let mut stop = StopSignals::listen()?;
     let log_level = log::init(config.log_format, &config.log_level)?;
     let recorder = metrics::install()?;
     let app = App::new(config.clone(), recorder, log_level);
@@ -56,17 +57,17 @@ pub async fn run(config: Config) -> Result<()> {
     tokio::select! {
         started = starting => app.set_running(started?),
         stopped = &mut server => return stopped.context("HTTP")?,
-        () = stop_signal() => return Ok(()),
+        () = stop.next() => return Ok(()),
     }
     tracing::info!("ready");
     tokio::select! {
         stopped = &mut server => stopped.context("HTTP")??,
-        () = stop_signal() => {}
+        () = stop.next() => {}
     }
     if config.placement.drain_on_stop
         && let Ok(running) = app.running()
     {
-        drain(running, Duration::from_secs(config.placement.drain_seconds)).await;
+        drain(running, Duration::from_secs(config.placement.drain_seconds), &mut stop).await;
     }
     tracing::info!("stopping: leadership is handed over, requests under way finish");
     handle.graceful_shutdown(Some(DRAIN));
@@ -79,14 +80,14 @@ pub async fn run(config: Config) -> Result<()> {
 }
 
 /// Moves everything to other nodes. Requests are served meanwhile; a second signal ends the wait.
-async fn drain(running: &Running, patience: Duration) {
+async fn drain(running: &Running, patience: Duration, stop: &mut StopSignals) {
     tracing::info!("draining: everything moves to other nodes before this one stops");
     tokio::select! {
         drained = running.drain(Instant::now() + patience) => match drained {
             Ok(()) => tracing::info!("drained"),
             Err(error) => tracing::error!(%error, "this node stops before it is drained"),
         },
-        () = stop_signal() => tracing::warn!("this node stops before it is drained: it was told again to stop"),
+        () = stop.next() => tracing::warn!("this node stops before it is drained: it was told again to stop"),
     }
 }
 
@@ -119,13 +120,24 @@ async fn certificate_expiry(path: &Path) -> Result<i64> {
     expires_at.with_context(|| format!("TLS file {}", path.display()))
 }
 
-/// Resolves when the process is asked to stop.
-async fn stop_signal() {
-    let mut terminate = signal(SignalKind::terminate()).expect("the runtime handles signals");
-    let mut interrupt = signal(SignalKind::interrupt()).expect("the runtime handles signals");
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+/// SIGTERM and SIGINT from the first moment on: one that comes between two waits is not lost.
+struct StopSignals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl StopSignals {
+    fn listen() -> Result<StopSignals> {
+        let of = |kind| signal(kind).context("signals");
+        Ok(StopSignals { terminate: of(SignalKind::terminate())?, interrupt: of(SignalKind::interrupt())? })
+    }
+
+    /// Resolves when the process is asked to stop, for the first time or again.
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
     }
 }
 
