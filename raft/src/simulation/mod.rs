@@ -125,11 +125,11 @@ fn the_same_seed_gives_the_same_run() {
 }
 
 /// What is checked can fail: a disk that says "synced" and is not, a vote that is not kept, a
-/// leader that reads without asking.
+/// leader that reads without asking. Each shows in some of the seeds that every run goes through.
 #[test]
 fn lies_are_found_out() {
     for lie in [Lie::Sync, Lie::Vote, Lie::Read, Lie::Leave] {
         let found = (0..SEEDS).find(|seed| !simulate(*seed, Some(lie)).violations.is_empty());
-        assert!(found.is_some_and(|seed| seed < 100), "{lie:?} was found by seed {found:?}");
+        assert!(found.is_some(), "{lie:?} was found by none of {SEEDS} seeds");
     }
 }
