@@ -47,7 +47,7 @@ pub(crate) enum Call {
         group: GroupId,
         /// How fresh.
         level: Consistency,
-        /// For a session read: the index that must be applied.
+        /// The index that must be applied in any case.
         floor: u64,
         /// How long the caller waits, in milliseconds.
         timeout_ms: u64,
@@ -93,6 +93,15 @@ pub(crate) enum Call {
         /// The index that must be applied.
         least: u64,
     },
+    /// Tell the commands that your replica has applied after an index.
+    Tail {
+        /// The shard's group.
+        group: GroupId,
+        /// The index.
+        after: u64,
+        /// About how many bytes, at most.
+        limit_bytes: u64,
+    },
 }
 
 /// What came back.
@@ -125,4 +134,7 @@ pub(crate) enum Reply {
     UseGrpc,
     /// It failed.
     Failed(Error),
+    /// Commands in their order, with their log indexes, and the last index that was applied; none for
+    /// entries that are Raft's own.
+    Tail(Vec<(u64, Option<Bytes>)>, u64),
 }

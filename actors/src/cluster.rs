@@ -259,17 +259,16 @@ impl Cluster {
         &self,
         shard: ShardId,
         request_id: Option<RequestId>,
-        command: Command,
+        command: &Command,
         deadline: Instant,
     ) -> Result<(Outcome, u64), Error> {
-        let grows = grows(&command);
+        let grows = grows(command);
         if grows && !self.is_writable() {
             return Err(disk_full());
         }
-        let envelope = Envelope { request_id, now: unix_now(), command };
-        let bytes: Bytes = codec::encode(&envelope).into();
-        let (index, outcome) =
-            self.propose(shard.into(), bytes, (request_id.is_some(), grows), deadline).await?;
+        let bytes: Bytes = Envelope::bytes(request_id, unix_now(), command).into();
+        let is_idempotent = request_id.is_some() || is_idempotent(command);
+        let (index, outcome) = self.propose(shard.into(), bytes, (is_idempotent, grows), deadline).await?;
         match codec::decode(&outcome)? {
             Outcome::Rejected(error) => Err(error),
             outcome => Ok((outcome, index)),
@@ -297,6 +296,8 @@ impl Cluster {
                 Some(target) => target,
                 None => match self.some_member(group, attempt) {
                     Some(member) => member,
+                    // What was proposed to it before may have been applied, and is then in its successors.
+                    None if is_unknown => break,
                     None => {
                         return Err(Error::new(
                             ErrorCode::Stale,
@@ -371,6 +372,18 @@ impl Cluster {
         Ok(self.state())
     }
 
+    /// The shard map for a read: a newer one than this node has, when the client has seen shards of it.
+    ///
+    /// # Errors
+    /// Unavailable when the control group does not answer in time.
+    pub(crate) async fn map_for(&self, options: &ReadOptions) -> Result<Arc<ClusterState>, Error> {
+        let state = self.state();
+        match options.level == Consistency::Session && state.is_behind(&options.position) {
+            true => self.fresh_state(options.deadline).await,
+            false => Ok(state),
+        }
+    }
+
     fn proposal_slots(&self, group: GroupId) -> Arc<Semaphore> {
         if let Some(slots) = self.inner.shard_proposals.read().get(&group) {
             return slots.clone();
@@ -427,6 +440,13 @@ impl Cluster {
                     let second = self.read_from(shard, question, options, 1);
                     tokio::pin!(second);
                     match futures::future::select(first, second).await {
+                        // No other replica of this shard would know better.
+                        futures::future::Either::Left((Err(error), _))
+                        | futures::future::Either::Right((Err(error), _))
+                            if error.code == ErrorCode::Stale =>
+                        {
+                            Err(error)
+                        }
                         futures::future::Either::Left((Err(_), second)) => second.await,
                         futures::future::Either::Right((Err(_), first)) => first.await,
                         futures::future::Either::Left((answered, _)) => answered,
@@ -461,7 +481,11 @@ impl Cluster {
         first_attempt: usize,
     ) -> Result<(Answer, u64), Error> {
         let group = GroupId::from(shard);
-        let floor = options.position.floor(group);
+        let begins_at = self.state().shards.get(&shard).map_or(0, |shard| shard.begins_at);
+        let floor = match options.level {
+            Consistency::Session => options.position.floor(group).max(begins_at),
+            Consistency::Linearizable | Consistency::Eventual => begins_at,
+        };
         let mut reason = String::from("no replica");
         let mut attempt = first_attempt;
         while let Some(left) = left(options.deadline) {
@@ -471,7 +495,10 @@ impl Cluster {
                 Some(_) if attempt.is_multiple_of(2) => self.node(),
                 _ => match self.some_member(group, attempt) {
                     Some(member) => member,
-                    None => return Err(Error::not_found(format!("shard {shard} does not exist any more"))),
+                    None => {
+                        let message = format!("shard {shard} does not exist any more");
+                        return Err(Error::new(ErrorCode::Stale, message));
+                    }
                 },
             };
             attempt += 1;
@@ -491,6 +518,8 @@ impl Cluster {
                     }
                     return Ok((answer, index));
                 }
+                // No other replica of this shard would know better.
+                Reply::Failed(error) if error.code == ErrorCode::Stale => return Err(error),
                 Reply::Failed(error) if error.code.is_retryable() => reason = error.message,
                 Reply::Failed(error) => return Err(error),
                 _ => {
@@ -580,6 +609,11 @@ impl Cluster {
                     Err(error) => Reply::Failed(error),
                 })
             }
+            Call::Tail { group, after, limit_bytes } => {
+                let group = self.inner.groups.get(group)?;
+                let applied = group.applied();
+                Ok(Reply::Tail(group.applied_after(after, limit_bytes as usize).await?, applied))
+            }
             work @ (Call::Parse { .. } | Call::Embed { .. }) => Ok(match self.work() {
                 Some(pool) => pool.serve(work).await,
                 None => Reply::Failed(Error::unavailable("this node is still starting")),
@@ -587,14 +621,25 @@ impl Cluster {
             Call::Read { group, level, floor, timeout_ms, question } => {
                 let local = self.local_shard(ShardId(group.0)).ok_or(RaftError::UnknownGroup(group))?;
                 let deadline = Instant::now() + Duration::from_millis(timeout_ms);
+                // The shards that take its range over may have taken writes already.
+                let is_passed_on = || level == Consistency::Linearizable && local.shard.frozen_by().is_some();
+                let passed_on = || {
+                    let message = format!("the range of shard {} is moving to other shards", group.0);
+                    Ok(Reply::Failed(Error::new(ErrorCode::Stale, message)))
+                };
+                if is_passed_on() {
+                    return passed_on();
+                }
                 let index = match level {
                     _ if is_planted(Bug::ReadOnFollower) => 0,
-                    Consistency::Linearizable => self.read_index(&local.group, deadline).await?,
-                    Consistency::Session => floor,
-                    Consistency::Eventual => 0,
+                    Consistency::Linearizable => self.read_index(&local.group, deadline).await?.max(floor),
+                    Consistency::Session | Consistency::Eventual => floor,
                 };
                 let left = deadline.saturating_duration_since(Instant::now());
                 local.group.wait_applied(index, left).await?;
+                if is_passed_on() {
+                    return passed_on();
+                }
                 // What Raft knows may lag behind what the engine has applied, and after a start
                 // the other way round.
                 let known = local.group.applied();
@@ -689,6 +734,21 @@ fn grows(command: &Command) -> bool {
             | Command::DeleteFile(_)
             | Command::DeleteDocument(_)
             | Command::EndDocument { .. }
+            | Command::EndAdoption { .. }
+            | Command::Freeze { .. }
+            | Command::Thaw { .. }
+    )
+}
+
+/// Whether a command may be applied twice without harm, so that it needs no request id.
+fn is_idempotent(command: &Command) -> bool {
+    matches!(
+        command,
+        Command::Seed(_)
+            | Command::Replay(_)
+            | Command::EndAdoption { .. }
+            | Command::Freeze { .. }
+            | Command::Thaw { .. }
     )
 }
 

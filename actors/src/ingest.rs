@@ -20,7 +20,6 @@ use ractor_cluster::RactorMessage;
 use serde_json::{Map, Value, json};
 use shoal_engine::command::{Answer, Command, Document, DocumentState, Outcome, Point, Read, Stage};
 use shoal_proto::{CollectionConfig, EmbedderConfig, Error, ErrorCode, ShardId};
-use shoal_raft::cluster::Shard;
 use tokio::task::JoinHandle;
 
 use crate::blobs;
@@ -116,9 +115,8 @@ impl IngestsState {
         self.resting.retain(|_, until| *until > now);
         let state = self.arguments.cluster.state();
         for (shard, local) in self.arguments.cluster.local_shards() {
-            // What is being restored has not all of its files yet.
-            let is_usable = |shard: &Shard| state.collection(&shard.collection).is_ok();
-            if !state.shards.get(&shard).is_some_and(is_usable) {
+            // What is being restored has not all of its files yet, and a shard that is to come is not it yet.
+            if !state.is_in_use(shard) {
                 continue;
             }
             let Some(embedder) = local.shard.config().embedder.clone() else { continue };
@@ -194,7 +192,7 @@ impl Job {
 
     async fn propose(&self, command: Command) -> Result<Outcome, Error> {
         let deadline = Instant::now() + PROPOSE_TIMEOUT;
-        let (outcome, _) = self.cluster.write(self.shard, None, command, deadline).await?;
+        let (outcome, _) = self.cluster.write(self.shard, None, &command, deadline).await?;
         match outcome {
             Outcome::Absent => Err(Error::not_found("the document was deleted")),
             outcome => Ok(outcome),

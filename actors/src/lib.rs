@@ -6,7 +6,8 @@
 //! ├─ Server      serves other nodes' calls; member of the groups `node-<id>` and `workers`
 //! ├─ Shards      one Shard actor per replica: opens engine and group, tends them
 //! ├─ Ingests     drives the documents of the shards that this node leads
-//! └─ Placement   acts only where the control group's leader is
+//! ├─ Placement   acts only where the control group's leader is
+//! └─ Reshards    splits and merges shards, there too
 //! ```
 //!
 //! Requests do not pass through mailboxes: [`Cluster`] routes, writes and reads with handles
@@ -22,7 +23,8 @@
 //! | [`parse`], [`embed`], [`work`] | files to text, text to vectors, here or on an idle node |
 //! | [`placement`] | who holds what: planned, carried out, ordered by hand |
 //! | [`backup`] | everything to a directory or to S3, and back |
-//! | [`entries`] | points cut into log entries |
+//! | [`entries`], [`routing`] | points cut into log entries; writes and reads that follow the shard map |
+//! | [`reshard`] | splitting and merging shards while they are used |
 //! | [`tls`] | encryption between nodes |
 //! | [`root`] | start and stop |
 //!
@@ -45,7 +47,9 @@ mod mesh;
 pub mod parse;
 pub mod placement;
 mod replica;
+pub mod reshard;
 pub mod root;
+pub mod routing;
 pub mod search;
 pub mod service;
 mod shards;

@@ -5,7 +5,7 @@ use std::cmp::Ordering;
 use futures::future::join_all;
 use serde::Serialize;
 use shoal_engine::command::{Answer, Hit, Read, Search};
-use shoal_proto::{Error, Position, ShardId};
+use shoal_proto::{Error, ErrorCode, Position, ShardId};
 
 use crate::cluster::{Cluster, ReadOptions};
 
@@ -34,11 +34,32 @@ pub struct Gathered {
     pub position: Position,
 }
 
-/// Asks every shard the same question.
+/// Asks every shard of a collection the same question, and again when the shard map was out of date.
 ///
 /// # Errors
 /// The first shard's error, unless the client takes partial results and some shard answered.
 pub async fn gather(
+    cluster: &Cluster,
+    collection: &str,
+    question: &Read,
+    options: &ReadOptions,
+    allow_partial: bool,
+) -> Result<Gathered, Error> {
+    loop {
+        let state = cluster.map_for(options).await?;
+        let shards = &state.collection(collection)?.1.shards;
+        match ask_each(cluster, shards, question, options, allow_partial).await {
+            Err(error) if error.code == ErrorCode::Stale => {
+                if !cluster.wait_newer(state.version, options.deadline).await {
+                    return Err(error);
+                }
+            }
+            gathered => return gathered,
+        }
+    }
+}
+
+async fn ask_each(
     cluster: &Cluster,
     shards: &[ShardId],
     question: &Read,
@@ -57,6 +78,8 @@ pub async fn gather(
                 gathered.position.advance((*shard).into(), applied);
                 gathered.answers.push(answer);
             }
+            // The map is out of date: the other answers are of no use either.
+            Err(error) if error.code == ErrorCode::Stale => return Err(error),
             Err(error) => {
                 gathered.shards.failed += 1;
                 // A caller's mistake counts before a shard's trouble: it is the same everywhere.
@@ -72,13 +95,13 @@ pub async fn gather(
     }
 }
 
-/// Searches every shard and merges each leg's lists. `higher_is_nearer` tells each leg's order.
+/// Searches every shard of a collection and merges each leg's lists. `higher_is_nearer` tells each leg's order.
 ///
 /// # Errors
 /// As [`gather`].
 pub async fn search(
     cluster: &Cluster,
-    shards: &[ShardId],
+    collection: &str,
     search: Search,
     higher_is_nearer: &[bool],
     options: &ReadOptions,
@@ -86,7 +109,7 @@ pub async fn search(
 ) -> Result<(Vec<Vec<Hit>>, ShardCounts, Position), Error> {
     let limit = search.limit;
     let legs = search.legs.len();
-    let gathered = gather(cluster, shards, &Read::Search(search), options, allow_partial).await?;
+    let gathered = gather(cluster, collection, &Read::Search(search), options, allow_partial).await?;
     let mut lists: Vec<Vec<Hit>> = vec![Vec::new(); legs];
     for answer in gathered.answers {
         let Answer::Lists(found) = answer else {

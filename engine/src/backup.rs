@@ -8,13 +8,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use shoal_proto::{BlobHash, CollectionConfig, DocumentId, codec};
+use shoal_proto::{BlobHash, CollectionConfig, DocumentId, FieldType, RequestId, codec};
 
-use crate::command::{Document, DocumentState, FileRecord, Point};
+use crate::command::{Document, DocumentState, FileRecord, Outcome, Point, StagedChunk};
 use crate::error::{Error, Result};
 use crate::frames::Frames;
 use crate::keys;
-use crate::state::{PointRecord, decode, read_vector};
+use crate::state::{PointRecord, decode, read_meta, read_vector};
 use crate::store::{SUM, Store, Stored, part_of, sum_of, unparted, weight};
 
 /// A piece has at least this many bytes, unless it is the last one.
@@ -157,11 +157,14 @@ fn missing() -> Error {
     Error::Damaged { key: "shard".into(), reason: "records are missing, or are not what was written".into() }
 }
 
-/// A shard as it was when it was backed up.
+/// A shard as it was when it was exported.
 pub struct Archive {
     store: Store,
     claimed: Option<u64>,
 }
+
+/// Where a reading of chunks that are not visible yet has come to.
+pub type StagedCursor = Option<Vec<u8>>;
 
 impl Archive {
     /// An empty one, in a directory of its own.
@@ -179,6 +182,18 @@ impl Archive {
     pub fn take(&mut self, piece: &[u8]) -> Result<()> {
         self.claimed = self.store.import(piece)?.or(self.claimed);
         Ok(())
+    }
+
+    /// Takes in a whole export in a file of frames.
+    ///
+    /// # Errors
+    /// Damaged, when something in it is not what was written.
+    pub fn take_file(&mut self, frames: &Path) -> Result<()> {
+        let mut frames = Frames::open(frames)?;
+        while let Some(piece) = frames.next_piece()? {
+            self.take(&piece)?;
+        }
+        self.check()
     }
 
     /// To be called when every piece was taken in.
@@ -240,6 +255,68 @@ impl Archive {
     /// Damaged, when a record is.
     pub fn files(&self) -> Result<Vec<FileRecord>> {
         self.records(keys::FILE)
+    }
+
+    /// Chunks that are not visible yet, in batches of about `bytes`: the next ones after `after`, which is
+    /// moved on.
+    ///
+    /// # Errors
+    /// Damaged, when a record is.
+    pub fn staged(&self, after: &mut StagedCursor, bytes: usize) -> Result<Vec<StagedChunk>> {
+        let mut staged = Vec::new();
+        let mut taken = 0;
+        let start = after.as_ref().map_or(vec![keys::STAGED], |key| [key.as_slice(), &[0]].concat());
+        for item in self.store.scan_from(&[keys::STAGED], start) {
+            let (key, value) = item?;
+            let (document, version, chunk) = keys::staged_parts(&key).ok_or_else(|| Error::Damaged {
+                key: key.escape_ascii().to_string(),
+                reason: "not the key of a staged chunk".into(),
+            })?;
+            taken += value.len();
+            staged.push(StagedChunk { document, version, chunk, point: decode(&key, &value)? });
+            *after = Some(key);
+            if taken >= bytes {
+                break;
+            }
+        }
+        Ok(staged)
+    }
+
+    /// The answers that it remembers, oldest first. Without those that are partial: what was done of such a
+    /// request cannot be told any more, and doing it again is better than leaving some of it out.
+    ///
+    /// # Errors
+    /// Damaged, when a record is.
+    pub fn answers(&self) -> Result<Vec<(RequestId, Outcome)>> {
+        let partial = self.store.scan(&[keys::PARTIAL]).map(|item| Ok(item?.0[1..].to_vec()));
+        let partial: BTreeSet<Vec<u8>> = partial.collect::<Result<_>>()?;
+        let mut answers: Vec<(RequestId, Outcome)> = self.records(keys::REQUEST)?;
+        answers.retain(|(id, _)| !partial.contains(&id.0[..]));
+        Ok(answers)
+    }
+
+    /// The change of shards that had frozen it.
+    ///
+    /// # Errors
+    /// Damaged, when the record is.
+    pub fn frozen_by(&self) -> Result<Option<RequestId>> {
+        read_meta(&self.store, keys::FROZEN)
+    }
+
+    /// Its payload indexes, if they were ever changed.
+    ///
+    /// # Errors
+    /// Damaged, when the record is.
+    pub fn indexes(&self) -> Result<Option<BTreeMap<String, FieldType>>> {
+        read_meta(&self.store, keys::INDEXES)
+    }
+
+    /// What its log indexes are counted from: a version is the base and an index.
+    ///
+    /// # Errors
+    /// Damaged, when the record is.
+    pub fn base(&self) -> Result<u64> {
+        Ok(read_meta(&self.store, keys::BASE)?.unwrap_or(0))
     }
 
     fn records<T: serde::de::DeserializeOwned>(&self, kind: u8) -> Result<Vec<T>> {

@@ -1,7 +1,11 @@
 //! What can be asked of a shard: commands, which go through its log, and reads.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
-use shoal_proto::{BlobHash, ChunkerConfig, DocumentId, Error, FieldType, PointId, RequestId};
+use shoal_proto::{
+    BlobHash, ChunkerConfig, DocumentId, Error, FieldType, PointId, RequestId, Route, ShardId, codec,
+};
 
 /// A command with the id that makes a retry of it harmless.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -13,6 +17,13 @@ pub struct Envelope {
     pub now: u64,
     /// The command.
     pub command: Command,
+}
+
+impl Envelope {
+    /// The bytes of an envelope around a command, which stays where it is.
+    pub fn bytes(request_id: Option<RequestId>, now: u64, command: &Command) -> Vec<u8> {
+        codec::encode(&(request_id, now, command))
+    }
 }
 
 /// A point with its vectors by name, and its payload as a JSON object.
@@ -33,6 +44,15 @@ pub enum Target {
     Ids(Vec<PointId>),
     /// All that a filter (JSON) keeps at the moment of applying.
     Filter(String),
+    /// The same, of the points in a range of routes.
+    FilterWithin {
+        /// The filter, as JSON.
+        filter: String,
+        /// The first route.
+        first: Route,
+        /// The last one.
+        last: Route,
+    },
 }
 
 /// How a payload is changed.
@@ -152,6 +172,129 @@ pub enum Command {
     RestoreDocument(Box<Document>),
     /// Puts a file's record back, unless there is one.
     RestoreFile(FileRecord),
+    /// Takes in what another shard held at one moment. Only before the shard is used.
+    Seed(Box<Seed>),
+    /// Applies commands of another shard's log. Only before the shard is used.
+    Replay(Box<Replay>),
+    /// Nothing more is taken over: the shard is on its own.
+    EndAdoption {
+        /// The change of shards.
+        by: RequestId,
+    },
+    /// Refuses what is written from here on: the range is about to be others'.
+    Freeze {
+        /// The change of shards.
+        by: RequestId,
+    },
+    /// Takes writes again, if that change of shards has frozen it.
+    Thaw {
+        /// The change of shards.
+        by: RequestId,
+    },
+}
+
+/// Some of what another shard held.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Seed {
+    /// The change of shards.
+    pub by: RequestId,
+    /// The other shard.
+    pub from: ShardId,
+    /// All shards that something comes from, with the first and the last route of each.
+    pub parents: Vec<(ShardId, Route, Route)>,
+    /// No version of anything in the other shard was higher then.
+    pub version: u64,
+    /// Points.
+    pub points: Vec<Point>,
+    /// Documents as they are.
+    pub documents: Vec<Document>,
+    /// Chunks that are not visible yet.
+    pub staged: Vec<StagedChunk>,
+    /// Answers to requests, oldest first.
+    pub answers: Vec<(RequestId, Outcome)>,
+    /// The payload indexes, if this part of the seed has them: those of one of the shards, since the logs of
+    /// all of them end with the same.
+    pub indexes: Option<BTreeMap<String, FieldType>>,
+}
+
+/// A chunk of a version that is not visible yet.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StagedChunk {
+    /// The document.
+    pub document: DocumentId,
+    /// Its version.
+    pub version: u64,
+    /// The index of the chunk.
+    pub chunk: u32,
+    /// The chunk, as a point.
+    pub point: Point,
+}
+
+/// Some of another shard's log.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Replay {
+    /// The change of shards.
+    pub by: RequestId,
+    /// The other shard.
+    pub from: ShardId,
+    /// Commands in their order, as far as they concern this shard's range, each with the number that it had
+    /// there.
+    pub commands: Vec<(u64, Envelope)>,
+}
+
+impl Command {
+    /// What of a command concerns a range of routes; none when nothing does.
+    pub fn within(self, first: Route, last: Route) -> Option<Command> {
+        let is_in = |route: Route| (first..=last).contains(&route);
+        let narrowed = |target: Target| match target {
+            Target::Ids(mut ids) => {
+                ids.retain(|id| is_in(id.route()));
+                (!ids.is_empty()).then_some(Target::Ids(ids))
+            }
+            Target::Filter(filter) => Some(Target::FilterWithin { filter, first, last }),
+            Target::FilterWithin { filter, first: from, last: to } => {
+                let (first, last) = (first.max(from), last.min(to));
+                (first <= last).then_some(Target::FilterWithin { filter, first, last })
+            }
+        };
+        match self {
+            Command::Upsert(mut points) => {
+                points.retain(|point| is_in(point.id.route()));
+                (!points.is_empty()).then_some(Command::Upsert(points))
+            }
+            Command::Delete(target) => narrowed(target).map(Command::Delete),
+            Command::SetPayload { target, payload, mode } => {
+                narrowed(target).map(|target| Command::SetPayload { target, payload, mode })
+            }
+            Command::DeletePayload { target, keys } => {
+                narrowed(target).map(|target| Command::DeletePayload { target, keys })
+            }
+            index @ Command::SetPayloadIndex { .. } => Some(index),
+            Command::Seed(_)
+            | Command::Replay(_)
+            | Command::EndAdoption { .. }
+            | Command::Freeze { .. }
+            | Command::Thaw { .. } => None,
+            of_one => of_one.route().is_some_and(is_in).then_some(of_one),
+        }
+    }
+
+    /// Where the document or the file lives that a command is about; none for commands about other things.
+    pub fn route(&self) -> Option<Route> {
+        let id = match self {
+            Command::PutFile(file) | Command::RestoreFile(file) => file.id,
+            Command::DeleteFile(id) | Command::DeleteDocument(id) => *id,
+            Command::RestoreDocument(document) => document.id,
+            Command::AcceptDocument { id, .. }
+            | Command::NoteProgress { id, .. }
+            | Command::StageChunks { id, .. }
+            | Command::PublishDocument { id, .. }
+            | Command::EndDocument { id, .. }
+            | Command::SetAttributes { id, .. } => *id,
+            _ => return None,
+        };
+        Some(id.route())
+    }
 }
 
 /// A file of the built-in files collection: a name for a blob.
@@ -274,13 +417,6 @@ pub enum Leg {
         /// Candidates while searching the graph; the default grows with the limit.
         ef: Option<usize>,
     },
-    /// Nearest vectors to the vector of a point of this shard.
-    Near {
-        /// The vector's name.
-        using: String,
-        /// The point.
-        id: PointId,
-    },
     /// Best matches of words (BM25) over the text fields.
     Text {
         /// The words.
@@ -402,4 +538,47 @@ pub enum Answer {
     Chunks(Vec<String>),
     /// Numbers about the shard.
     Stats(Stats),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_envelope_is_read_from_its_parts() {
+        let command = Command::Delete(Target::Ids(vec![PointId::Num(7)]));
+        let id = Some(RequestId([3; 16]));
+        let read: Envelope = codec::decode(&Envelope::bytes(id, 9, &command)).expect("an envelope");
+        assert_eq!(read, Envelope { request_id: id, now: 9, command });
+    }
+
+    #[test]
+    fn the_parts_of_a_command_are_the_whole() {
+        let half = u32::MAX / 2;
+        let (low, high) = ((Route(0), Route(half)), (Route(half + 1), Route(u32::MAX)));
+        let ids: Vec<PointId> = (0..100).map(PointId::Num).collect();
+        let delete = Command::Delete(Target::Ids(ids.clone()));
+        let mut found = Vec::new();
+        for (first, last) in [low, high] {
+            let Some(Command::Delete(Target::Ids(part))) = delete.clone().within(first, last) else {
+                panic!("some of a hundred ids are in each half");
+            };
+            assert!(part.iter().all(|id| (first..=last).contains(&id.route())));
+            found.extend(part);
+        }
+        found.sort_unstable();
+        assert_eq!(found, ids);
+
+        let by_filter = Command::Delete(Target::Filter("{}".into()));
+        let narrow =
+            by_filter.within(low.0, low.1).and_then(|narrow| narrow.within(Route(9), Route(u32::MAX)));
+        let expected = Target::FilterWithin { filter: "{}".into(), first: Route(9), last: Route(half) };
+        assert_eq!(narrow, Some(Command::Delete(expected)));
+
+        let document = Command::DeleteDocument(DocumentId([5; 16]));
+        let is_low = DocumentId([5; 16]).route() <= low.1;
+        assert_eq!(document.clone().within(low.0, low.1).is_some(), is_low);
+        assert_eq!(document.within(high.0, high.1).is_some(), !is_low);
+        assert_eq!(Command::Freeze { by: RequestId([1; 16]) }.within(low.0, high.1), None);
+    }
 }

@@ -44,7 +44,7 @@ impl State {
                     bytes,
                     attributes,
                     chunker,
-                    version: change.index,
+                    version: change.version,
                     state: DocumentState::InProgress,
                     stage: Stage::Queued,
                     attempts: 0,
@@ -114,7 +114,7 @@ impl State {
         self.drop_staged(change, document.id)?;
         document.staged_chunks = 0;
         if document.state == DocumentState::InProgress {
-            document.version = change.index;
+            document.version = change.version;
             document.stage = Stage::Queued;
             document.attempts = 0;
         }
@@ -233,7 +233,7 @@ impl State {
         if document.state == DocumentState::InProgress {
             // What is staged carries the old attributes: the work starts over as a new version.
             self.drop_staged(change, id)?;
-            document.version = change.index;
+            document.version = change.version;
             document.staged_chunks = 0;
             document.stage = Stage::Queued;
         }

@@ -4,10 +4,12 @@
 //! I <point id>            slot of a point          F <file id>        file record
 //! P <slot>                id, version, payload     D <document id>    document record
 //! V <slot> <vector name>  f32 vector               S <document id> <version> <chunk>  staged chunk
-//! R <sequence>            an answered request      M <name>           tag, next slot, indexes
+//! R <sequence>            an answered request      Q <request id>     of which shards' it is an answer
+//!                                                M <name>           tag, next slot, indexes, and
+//!                                                what becomes of the shard ([`crate::reshard`])
 //! ```
 
-use shoal_proto::{DocumentId, PointId};
+use shoal_proto::{DocumentId, PointId, RequestId};
 
 pub(crate) const ID: u8 = b'I';
 pub(crate) const POINT: u8 = b'P';
@@ -16,10 +18,14 @@ pub(crate) const REQUEST: u8 = b'R';
 pub(crate) const FILE: u8 = b'F';
 pub(crate) const DOCUMENT: u8 = b'D';
 pub(crate) const STAGED: u8 = b'S';
+pub(crate) const PARTIAL: u8 = b'Q';
 
 pub(crate) const TAG: &[u8] = b"Mtag";
 pub(crate) const NEXT_SLOT: &[u8] = b"Mnext_slot";
 pub(crate) const INDEXES: &[u8] = b"Mindexes";
+pub(crate) const BASE: &[u8] = b"Mbase";
+pub(crate) const FROZEN: &[u8] = b"Mfrozen";
+pub(crate) const ADOPTION: &[u8] = b"Madoption";
 
 pub(crate) fn id(id: PointId) -> Vec<u8> {
     [&[ID][..], &id.to_key()].concat()
@@ -35,6 +41,10 @@ pub(crate) fn vector(slot: u32, name: &str) -> Vec<u8> {
 
 pub(crate) fn request(sequence: u64) -> Vec<u8> {
     [&[REQUEST][..], &sequence.to_be_bytes()].concat()
+}
+
+pub(crate) fn partial(id: RequestId) -> Vec<u8> {
+    [&[PARTIAL][..], &id.0].concat()
 }
 
 pub(crate) fn file(id: DocumentId) -> Vec<u8> {
@@ -55,4 +65,13 @@ pub(crate) fn staged(id: DocumentId, version: Option<u64>, chunk: Option<u32>) -
         key.extend_from_slice(&chunk.to_be_bytes());
     }
     key
+}
+
+/// The document, the version and the index of the chunk in the key of a staged chunk.
+pub(crate) fn staged_parts(key: &[u8]) -> Option<(DocumentId, u64, u32)> {
+    let rest = key.strip_prefix(&[STAGED])?;
+    let (document, rest) = rest.split_first_chunk::<16>()?;
+    let (version, rest) = rest.split_first_chunk::<8>()?;
+    let (chunk, rest) = rest.split_first_chunk::<4>()?;
+    rest.is_empty().then(|| (DocumentId(*document), u64::from_be_bytes(*version), u32::from_be_bytes(*chunk)))
 }

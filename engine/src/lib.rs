@@ -27,6 +27,7 @@
 //! | [`files`] | files that are replaced durably |
 //! | [`backup`] | what is kept of a shard elsewhere, and how it is read again |
 //! | [`read`] | the planner and everything that answers |
+//! | [`reshard`] | what a shard takes over from others |
 //! | [`state`], [`documents`] | transitions |
 
 pub mod backup;
@@ -39,6 +40,7 @@ mod frames;
 mod keys;
 pub mod payload;
 pub mod read;
+pub mod reshard;
 mod rows;
 pub mod shard;
 pub mod state;

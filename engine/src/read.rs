@@ -107,7 +107,6 @@ impl State {
     fn is_cheap_leg(&self, leg: &Leg) -> bool {
         let (using, exact, ef) = match leg {
             Leg::Dense { using, exact, ef, .. } => (using, *exact, *ef),
-            Leg::Near { using, .. } => (using, false, None),
             Leg::Text { .. } => return false,
         };
         let Some(index) = self.vectors.get(using) else { return true };
@@ -133,19 +132,6 @@ impl State {
             let (distance, scored) = match leg {
                 Leg::Dense { using, vector, exact, ef } => {
                     self.dense(using, vector, search.limit, *exact, *ef, &mask)?
-                }
-                Leg::Near { using, id } => {
-                    let slot = self
-                        .slot_of(*id)?
-                        .ok_or_else(|| Error::not_found(format!("No point with id {id} found")))?;
-                    let vector = self.vector(slot, using)?.ok_or_else(|| {
-                        Error::invalid("using", format!("point {id} has no vector `{using}`"))
-                    })?;
-                    let (distance, mut scored) =
-                        self.dense(using, &vector, search.limit + 1, false, None, &mask)?;
-                    scored.retain(|scored| scored.slot != slot);
-                    scored.truncate(search.limit);
-                    (distance, scored)
                 }
                 Leg::Text { query } => (Distance::Dot, self.words(query, search.limit, &mask)?),
             };

@@ -22,8 +22,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::{Mutex, RwLock};
-use shoal_proto::CollectionConfig;
 use shoal_proto::planted::crash_point;
+use shoal_proto::{CollectionConfig, RequestId};
 
 use crate::command::{Answer, Read};
 use crate::error::{Error, Result};
@@ -50,6 +50,8 @@ pub struct Shard {
     dir: PathBuf,
     config: CollectionConfig,
     state: RwLock<State>,
+    /// That of the state, for those who must not wait until an entry is applied.
+    frozen: Mutex<Option<RequestId>>,
     generation: Mutex<u64>,
     /// Held by whoever does background work, so that there is only one.
     background: Mutex<()>,
@@ -83,6 +85,7 @@ impl Shard {
         Ok(Shard {
             dir: dir.to_owned(),
             config,
+            frozen: Mutex::new(state.frozen),
             state: RwLock::new(state),
             generation: Mutex::new(generation),
             background: Mutex::new(()),
@@ -153,6 +156,12 @@ impl Shard {
         self.heed(step)
     }
 
+    /// The change of shards that has frozen this one, if one has: then it is no place for reads that must
+    /// see the latest any more.
+    pub fn frozen_by(&self) -> Option<RequestId> {
+        *self.frozen.lock()
+    }
+
     /// The schema that the shard was opened with.
     pub fn config(&self) -> &CollectionConfig {
         &self.config
@@ -169,6 +178,7 @@ impl Shard {
             // The lock is taken per entry, so that searches get their turn in a long batch.
             let mut state = self.state.write();
             outcomes.push(self.heed(state.apply(entry.index, entry.tag, entry.command.as_deref()))?);
+            *self.frozen.lock() = state.frozen;
             crash_point("entry-applied");
         }
         Ok(outcomes)
@@ -262,7 +272,7 @@ impl Shard {
             vectors: state.vectors.values().cloned().collect(),
             text: state.text.clone(),
             store: state.store.clone(),
-            applied: state.applied,
+            numbered: state.base + state.applied,
         }
     }
 
@@ -298,6 +308,7 @@ impl Shard {
         crash_point("snapshot-loaded");
         set_current(&self.dir, next)?;
         crash_point("snapshot-current");
+        *self.frozen.lock() = fresh.frozen;
         let old = std::mem::replace(&mut *self.state.write(), fresh);
         *current = next;
         drop(old);
@@ -310,13 +321,14 @@ struct Derived {
     vectors: Vec<Arc<Vectors>>,
     text: Option<Arc<TextIndex>>,
     store: Arc<Store>,
-    applied: u64,
+    /// The number of the last entry, as versions are counted.
+    numbered: u64,
 }
 
 impl Derived {
     fn commit_text(&self, config: &CollectionConfig) -> Result<()> {
         let Some(text) = &self.text else { return Ok(()) };
-        text.commit(self.applied, &|slot| {
+        text.commit(self.numbered, &|slot| {
             let record = read_point(&self.store, slot)?;
             Ok(record.map(|record| text_of(config, &record.payload_map())))
         })

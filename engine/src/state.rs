@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use shoal_proto::planted::{Bug, is_planted};
 use shoal_proto::{
-    CollectionConfig, Distance, DocumentId, Error, FieldType, Filter, PointId, RequestId, codec,
+    CollectionConfig, Distance, DocumentId, Error, FieldType, Filter, PointId, RequestId, ShardId, codec,
 };
 
 use crate::command::{Command, Document, DocumentState, Envelope, Outcome, PayloadMode, Point, Target};
@@ -21,6 +21,7 @@ use crate::distance::normalize;
 use crate::error::{self, Result};
 use crate::keys;
 use crate::payload::FieldIndex;
+use crate::reshard::Adoption;
 use crate::store::{Batch, Store};
 use crate::text::TextIndex;
 use crate::vectors::Vectors;
@@ -58,7 +59,7 @@ pub(crate) struct State {
     pub(crate) config: CollectionConfig,
     pub(crate) store: Arc<Store>,
     pub(crate) live: RoaringBitmap,
-    next_slot: u32,
+    pub(crate) next_slot: u32,
     pub(crate) indexes: BTreeMap<String, FieldIndex>,
     pub(crate) vectors: BTreeMap<String, Arc<Vectors>>,
     pub(crate) text: Option<Arc<TextIndex>>,
@@ -67,6 +68,14 @@ pub(crate) struct State {
     /// Documents in progress, so that finding them does not scan all.
     pub(crate) in_progress: BTreeSet<DocumentId>,
     pub(crate) applied: u64,
+    /// What is numbered by log index counts from here.
+    pub(crate) base: u64,
+    /// The change of shards that has frozen this one.
+    pub(crate) frozen: Option<RequestId>,
+    /// What it takes over, or has taken over, from other shards.
+    pub(crate) adoption: Option<Adoption>,
+    /// Requests that only some of the shards before have answered, with those that have.
+    pub(crate) partial: HashMap<RequestId, BTreeSet<ShardId>>,
     /// Indexes that were applied here, with the sum over the state then, oldest first.
     pub(crate) sums: VecDeque<(u64, u64)>,
 }
@@ -82,6 +91,9 @@ impl State {
     pub(crate) fn with_store(store: Store, dir: &Path, config: CollectionConfig) -> Result<State> {
         let store = Arc::new(store);
         let next_slot = read_meta(&store, keys::NEXT_SLOT)?.unwrap_or(0);
+        let base = read_meta(&store, keys::BASE)?.unwrap_or(0);
+        let frozen = read_meta(&store, keys::FROZEN)?;
+        let adoption = read_meta::<Option<Adoption>>(&store, keys::ADOPTION)?.flatten();
         let kinds: BTreeMap<String, FieldType> =
             read_meta(&store, keys::INDEXES)?.unwrap_or_else(|| config.payload_indexes.clone());
         let mut vectors = BTreeMap::new();
@@ -107,6 +119,10 @@ impl State {
             order: VecDeque::new(),
             in_progress: BTreeSet::new(),
             applied: 0,
+            base,
+            frozen,
+            adoption,
+            partial: HashMap::new(),
             sums: VecDeque::new(),
         };
         state.recover()?;
@@ -129,6 +145,11 @@ impl State {
             let (id, _): (RequestId, Outcome) = decode(&key, &value)?;
             self.answered.insert(id, sequence);
             self.order.push_back((sequence, id));
+        }
+        for item in self.store.scan(&[keys::PARTIAL]) {
+            let (key, value) = item?;
+            let id = RequestId(key[1..].try_into().expect("the key of a partial answer has 17 bytes"));
+            self.partial.insert(id, decode(&key, &value)?);
         }
         for item in self.store.scan(&[keys::DOCUMENT]) {
             let (key, value) = item?;
@@ -160,7 +181,8 @@ impl State {
                 text.put(slot, &text_of(&self.config, &payload));
             }
         }
-        self.applied = newest;
+        // Versions count from the base, which may have been raised since.
+        self.applied = newest.saturating_sub(self.base);
         for (name, vectors) in &self.vectors {
             let covered = vectors.covered();
             for slot in &self.live - &covered {
@@ -174,32 +196,16 @@ impl State {
 
     /// Applies one entry. `command` is absent for entries that are Raft's own.
     pub(crate) fn apply(&mut self, index: u64, tag: Vec<u8>, command: Option<&[u8]>) -> Result<Vec<u8>> {
-        let mut batch = Batch::default();
-        batch.put(keys::TAG.to_vec(), tag);
-        let mut effects = Vec::new();
-        let outcome = match command.map(codec::decode::<Envelope>) {
-            None => Outcome::Done(0),
-            // Another replica may know how to read it: going on without it would diverge.
-            Some(Err(error)) => {
-                let key = format!("log entry {index}");
-                return Err(error::Error::Unreadable { key, reason: error.to_string() });
-            }
-            Some(Ok(envelope)) => match self.answered(envelope.request_id)? {
-                Some(outcome) => outcome,
-                None => {
-                    let mut change =
-                        Change { index, now: envelope.now, batch: &mut batch, effects: Vec::new() };
-                    let outcome = self.transition(&mut change, envelope.command)?;
-                    effects = change.effects;
-                    if let Some(id) = envelope.request_id {
-                        self.remember(&mut batch, index, id, &outcome);
-                    }
-                    batch.put(keys::NEXT_SLOT.to_vec(), codec::encode(&self.next_slot));
-                    outcome
-                }
-            },
+        // Another replica may know how to read it: going on without it would diverge.
+        let unreadable = |error: codec::CodecError| error::Error::Unreadable {
+            key: format!("log entry {index}"),
+            reason: error.to_string(),
         };
-        self.store.commit(batch)?;
+        let envelope = command.map(codec::decode::<Envelope>).transpose().map_err(unreadable)?;
+        let outcome = match envelope {
+            Some(Envelope { command: Command::Replay(replay), .. }) => self.replay(index, tag, *replay)?,
+            envelope => self.apply_one(index, tag, envelope)?,
+        };
         self.applied = index;
         if index.is_multiple_of(SUM_EVERY) {
             self.sums.push_back((index, self.store.sum()?));
@@ -207,14 +213,67 @@ impl State {
                 self.sums.pop_front();
             }
         }
-        for effect in effects {
-            self.follow(effect)?;
-        }
         Ok(codec::encode(&outcome))
     }
 
+    fn apply_one(&mut self, index: u64, tag: Vec<u8>, envelope: Option<Envelope>) -> Result<Outcome> {
+        let mut batch = Batch::default();
+        batch.put(keys::TAG.to_vec(), tag);
+        let mut effects = Vec::new();
+        let outcome = match envelope {
+            None => Outcome::Done(0),
+            Some(envelope) => {
+                let remembered = self.answered(envelope.request_id)?;
+                let left = match (envelope.request_id, &remembered) {
+                    (Some(id), Some(_)) => self.left_of(id, &envelope.command),
+                    _ => vec![envelope.command],
+                };
+                // Not remembered: a shard that thaws answers otherwise.
+                let refusal = left.first().and_then(|command| self.refuses(command));
+                match (refusal, remembered) {
+                    (Some(refusal), _) => refusal,
+                    (None, Some(outcome)) if left.is_empty() => outcome,
+                    (None, remembered) => {
+                        let number = self.base + index;
+                        let mut change = Change {
+                            index: number,
+                            version: number,
+                            now: envelope.now,
+                            batch: &mut batch,
+                            effects: Vec::new(),
+                        };
+                        let mut outcome = Outcome::Done(0);
+                        for command in left {
+                            outcome = match command {
+                                Command::Seed(seed) => self.seed(&mut change, index, *seed)?,
+                                command => self.transition(&mut change, command)?,
+                            };
+                        }
+                        effects = change.effects;
+                        match (envelope.request_id, remembered) {
+                            (Some(id), Some(_)) => self.note_whole(&mut batch, id),
+                            (Some(id), None) => self.remember(&mut batch, number, id, &outcome),
+                            (None, _) => {}
+                        }
+                        batch.put(keys::NEXT_SLOT.to_vec(), codec::encode(&self.next_slot));
+                        outcome
+                    }
+                }
+            }
+        };
+        self.store.commit(batch)?;
+        for effect in effects {
+            self.follow(effect)?;
+        }
+        Ok(outcome)
+    }
+
+    pub(crate) fn has_answered(&self, id: RequestId) -> bool {
+        self.answered.contains_key(&id)
+    }
+
     /// What a request was answered, if it is remembered.
-    fn answered(&self, id: Option<RequestId>) -> Result<Option<Outcome>> {
+    pub(crate) fn answered(&self, id: Option<RequestId>) -> Result<Option<Outcome>> {
         if is_planted(Bug::RetryAppliedTwice) {
             return Ok(None);
         }
@@ -225,19 +284,20 @@ impl State {
         Ok(Some(outcome))
     }
 
-    fn remember(&mut self, batch: &mut Batch, index: u64, id: RequestId, outcome: &Outcome) {
+    pub(crate) fn remember(&mut self, batch: &mut Batch, index: u64, id: RequestId, outcome: &Outcome) {
         batch.put(keys::request(index), codec::encode(&(id, outcome)));
         self.answered.insert(id, index);
         self.order.push_back((index, id));
-        if self.order.len() > REMEMBERED_REQUESTS
+        if self.order.len() > self.most_remembered()
             && let Some((sequence, id)) = self.order.pop_front()
         {
             batch.remove(keys::request(sequence));
             self.answered.remove(&id);
+            self.note_whole(batch, id);
         }
     }
 
-    fn transition(&mut self, change: &mut Change<'_>, command: Command) -> Result<Outcome> {
+    pub(crate) fn transition(&mut self, change: &mut Change<'_>, command: Command) -> Result<Outcome> {
         match command {
             Command::Upsert(points) => self.upsert(change, points),
             Command::Delete(target) => {
@@ -264,6 +324,9 @@ impl State {
                 })
             }
             Command::SetPayloadIndex { field, index } => self.set_index(change, field, index),
+            Command::EndAdoption { by } => Ok(self.end_adoption(change.batch, by)),
+            Command::Freeze { by } => Ok(self.freeze(change.batch, by)),
+            Command::Thaw { by } => Ok(self.thaw(change.batch, by)),
             document => self.transition_document(change, document),
         }
     }
@@ -281,6 +344,16 @@ impl State {
 
     /// Writes a point that was checked. The newest slot wins, also within one batch.
     pub(crate) fn put_point(&mut self, change: &mut Change<'_>, mut point: Point) -> Result<()> {
+        for (name, vector) in &mut point.vectors {
+            if self.config.vectors.get(name).is_some_and(|params| params.distance == Distance::Cosine) {
+                normalize(vector);
+            }
+        }
+        self.put_normal_point(change, point)
+    }
+
+    /// Writes a point whose vectors are as they are to be stored.
+    pub(crate) fn put_normal_point(&mut self, change: &mut Change<'_>, point: Point) -> Result<()> {
         if let Some(old) = self.slot_in(change.batch, point.id)? {
             self.remove_point(change, point.id, old);
         }
@@ -288,10 +361,7 @@ impl State {
         self.next_slot = self.next_slot.checked_add(1).ok_or_else(|| {
             error::Error::Refused(Error::internal("the shard has used up its slots and must be rebuilt"))
         })?;
-        for (name, vector) in &mut point.vectors {
-            if self.config.vectors.get(name).is_some_and(|params| params.distance == Distance::Cosine) {
-                normalize(vector);
-            }
+        for (name, vector) in &point.vectors {
             change.batch.put(keys::vector(slot, name), bytemuck::cast_slice(vector).to_vec());
         }
         let record = PointRecord { id: point.id, version: change.index, payload: point.payload };
@@ -332,10 +402,13 @@ impl State {
                 });
                 Ok(found.collect())
             }
-            Target::Filter(filter) => {
-                let value = serde_json::from_str(filter).map_err(|error| Error::invalid("filter", error))?;
-                let filter = Filter::parse(&value, "filter")?;
-                Ok(self.matching(&filter))
+            Target::Filter(filter) => Ok(self.matching(&read_filter(filter)?)),
+            Target::FilterWithin { filter, first, last } => {
+                let mut found = self.matching(&read_filter(filter)?);
+                if let Ok(found) = &mut found {
+                    found.retain(|(id, _)| (first..=last).contains(&&id.route()));
+                }
+                Ok(found)
             }
         }
     }
@@ -375,7 +448,7 @@ impl State {
         Ok(Outcome::Done(slots.len() as u64))
     }
 
-    fn set_index(
+    pub(crate) fn set_index(
         &mut self,
         change: &mut Change<'_>,
         field: String,
@@ -400,7 +473,7 @@ impl State {
     }
 
     /// Brings what is derived up to date with what was committed.
-    fn follow(&mut self, effect: Effect) -> Result<()> {
+    pub(crate) fn follow(&mut self, effect: Effect) -> Result<()> {
         match effect {
             Effect::Added { slot, vectors, payload } => {
                 self.live.insert(slot);
@@ -443,9 +516,18 @@ impl State {
     }
 }
 
+fn read_filter(text: &str) -> Result<Filter, Error> {
+    let value = serde_json::from_str(text).map_err(|error| Error::invalid("filter", error))?;
+    Filter::parse(&value, "filter")
+}
+
 /// One command on its way into the store.
 pub(crate) struct Change<'a> {
+    /// What is written now is numbered so.
     pub(crate) index: u64,
+    /// The version of a document that is accepted now: another number only where another shard's log is
+    /// replayed.
+    pub(crate) version: u64,
     pub(crate) now: u64,
     pub(crate) batch: &'a mut Batch,
     pub(crate) effects: Vec<Effect>,
@@ -550,7 +632,7 @@ pub(crate) fn decode<T: serde::de::DeserializeOwned>(key: &[u8], value: &[u8]) -
     })
 }
 
-fn read_meta<T: serde::de::DeserializeOwned>(store: &Store, key: &[u8]) -> Result<Option<T>> {
+pub(crate) fn read_meta<T: serde::de::DeserializeOwned>(store: &Store, key: &[u8]) -> Result<Option<T>> {
     store.get(key)?.map(|value| decode(key, &value)).transpose()
 }
 

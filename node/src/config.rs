@@ -98,6 +98,9 @@ pub struct ServeArgs {
     /// Seconds after which a silent node is replaced by others.
     #[arg(long, env = "SHOAL_REPAIR_AFTER")]
     pub repair_after: Option<u64>,
+    /// Bytes of a shard's store above which it is split in two; never when zero.
+    #[arg(long, env = "SHOAL_SPLIT_BYTES")]
+    pub split_bytes: Option<u64>,
     /// Where backups are kept: a directory that every node sees, or s3://bucket/prefix.
     #[arg(long, env = "SHOAL_BACKUP_TARGET")]
     pub backup_target: Option<String>,
@@ -213,6 +216,8 @@ pub struct PlacementSettings {
     pub drain_on_stop: bool,
     /// Seconds that this may take; then the node stops all the same.
     pub drain_seconds: u64,
+    /// Bytes of a shard's store above which it is split in two; never when zero.
+    pub split_bytes: u64,
 }
 
 /// Where backups go.
@@ -331,6 +336,7 @@ impl Default for PlacementSettings {
             calm_before_leaders_seconds: limits.calm_before_leaders.as_secs(),
             drain_on_stop: false,
             drain_seconds: 300,
+            split_bytes: limits.split_bytes,
         }
     }
 }
@@ -341,6 +347,7 @@ impl PlacementSettings {
         PlacementLimits {
             repair_after: Duration::from_secs(self.repair_after_seconds),
             calm_before_leaders: Duration::from_secs(self.calm_before_leaders_seconds),
+            split_bytes: self.split_bytes,
         }
     }
 }
@@ -430,6 +437,7 @@ impl Config {
         set(&mut self.blob_grace_seconds, &args.blob_grace_seconds);
         set(&mut self.limits.working_requests, &args.working_requests);
         set(&mut self.placement.repair_after_seconds, &args.repair_after);
+        set(&mut self.placement.split_bytes, &args.split_bytes);
         set(&mut self.backup.target, &args.backup_target);
         set(&mut self.backup.keep, &args.backup_keep);
         self.placement.drain_on_stop |= args.drain_on_stop;

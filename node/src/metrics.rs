@@ -66,6 +66,12 @@ fn describe() {
     describe_histogram!("shoal_parse_seconds", Unit::Seconds, "Time of one parse");
     describe_counter!("shoal_parse_failures_total", "Parses that failed");
     describe_counter!("shoal_hedged_reads_total", "Reads that were asked of a second replica as well");
+    describe_counter!("shoal_reshards_total", "Splits and merges of shards, and attempts that failed");
+    describe_histogram!(
+        "shoal_reshard_frozen_seconds",
+        Unit::Seconds,
+        "Time for which a split or a merge kept writes waiting"
+    );
     describe_gauge!("shoal_mesh_sessions", "Sessions of the actor mesh");
     describe_gauge!("shoal_nodes", "Members of the cluster");
     describe_gauge!(
@@ -83,6 +89,9 @@ fn describe() {
     }
     for result in ["hit", "miss"] {
         metrics::counter!("shoal_embedding_cache_requests_total", "result" => result).absolute(0);
+    }
+    for result in ["ok", "failed"] {
+        metrics::counter!("shoal_reshards_total", "result" => result).absolute(0);
     }
     for counter in [
         "shoal_actor_restarts_total",

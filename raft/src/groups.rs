@@ -12,7 +12,9 @@ use futures::{Stream, StreamExt};
 use openraft::async_runtime::WatchReceiver;
 use openraft::errors::{ClientWriteError, LinearizableReadError, RaftError};
 use openraft::raft::{AppendEntriesRequest, VoteRequest};
-use openraft::{ChangeMembers, EmptyNode, Instant, Raft, ReadPolicy, ServerState, SnapshotPolicy};
+use openraft::{
+    ChangeMembers, EmptyNode, EntryPayload, Instant, Raft, ReadPolicy, ServerState, SnapshotPolicy,
+};
 use parking_lot::RwLock;
 use shoal_proto::peer::{FetchStateRequest, Piece, RaftKind, RaftMessage, RaftReply};
 use shoal_proto::planted::{Bug, is_planted};
@@ -664,6 +666,40 @@ impl Group {
     /// Makes a checkpoint, after which the log can be purged.
     pub async fn checkpoint(&self) -> Result<(), Error> {
         self.raft.trigger().snapshot().await.map_err(|error| self.stopped(error))
+    }
+
+    /// The commands that were applied here after a log index, each with its own: so many bytes of them, and one at
+    /// least. Entries that are Raft's own have none.
+    ///
+    /// # Errors
+    /// When the log does not reach back so far.
+    pub async fn applied_after(
+        &self,
+        index: u64,
+        limit_bytes: usize,
+    ) -> Result<Vec<(u64, Option<Bytes>)>, Error> {
+        let end = self.applied() + 1;
+        let read = self.log.read(index + 1, end, limit_bytes).await;
+        let entries = read.map_err(|error| self.stopped(error))?;
+        if entries.first().is_some_and(|entry| entry.log_id.index != index + 1) || self.log.purged() > index {
+            let reason = format!("its log does not reach back to {index} any more");
+            return Err(Error::Stopped { group: self.id, reason });
+        }
+        let mut commands = Vec::new();
+        let mut bytes = 0;
+        for entry in entries {
+            let command = match entry.payload {
+                EntryPayload::Normal(Payload(command)) => Some(command),
+                EntryPayload::Blank | EntryPayload::Membership(_) => None,
+            };
+            bytes += command.as_ref().map_or(0, Bytes::len);
+            // What is stored is read in slices, which may be more than was asked for.
+            if bytes > limit_bytes && !commands.is_empty() {
+                break;
+            }
+            commands.push((entry.log_id.index, command));
+        }
+        Ok(commands)
     }
 
     /// Bytes in this group's log since its last purge.

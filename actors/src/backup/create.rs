@@ -1,6 +1,7 @@
 //! Making a backup.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -77,39 +78,54 @@ impl Backups {
         Ok(())
     }
 
-    /// A collection; none when it was deleted since the backup began.
+    /// A collection; none when it was deleted since the backup began. When its shards were split or merged
+    /// in the middle of it, it is begun anew.
     async fn collection(
         &self,
         target: &Target,
-        state: &ClusterState,
+        state: &Arc<ClusterState>,
         name: &str,
     ) -> Result<Option<CollectionCopy>, Error> {
-        let collection = &state.collections[name];
-        let mut shards = Vec::new();
-        for shard in &collection.shards {
-            self.note(|job| job.at = format!("shard {shard} of {name}"));
-            match self.shard(target, *shard).await {
-                Ok(copy) => shards.push(copy),
-                Err(error) => {
-                    let now = self.inner.cluster.fresh_state(Instant::now() + ASK_TIMEOUT).await?;
-                    if !now.shards.contains_key(shard) {
-                        tracing::info!(collection = name, "it was deleted while it was backed up");
-                        return Ok(None);
-                    }
-                    return Err(Error {
-                        message: format!("shard {shard} of {name}: {}", error.message),
-                        ..error
-                    });
+        let mut state = state.clone();
+        loop {
+            let collection = &state.collections[name];
+            let copied = self.shards(target, name, &collection.shards).await;
+            let now = self.inner.cluster.fresh_state(Instant::now() + ASK_TIMEOUT).await?;
+            let shards = now.collections.get(name).map(|collection| &collection.shards);
+            match (copied, shards) {
+                (_, None) => {
+                    tracing::info!(collection = name, "it was deleted while it was backed up");
+                    return Ok(None);
+                }
+                (_, Some(shards)) if *shards != collection.shards => {
+                    tracing::info!(collection = name, "its shards have changed: it is backed up anew");
+                    state = now;
+                }
+                (Err(error), Some(_)) => return Err(error),
+                (Ok(shards), Some(_)) => {
+                    return Ok(Some(CollectionCopy {
+                        name: name.to_owned(),
+                        config: collection.config.clone(),
+                        replication_factor: collection.replication_factor,
+                        created_at: collection.created_at,
+                        shards,
+                    }));
                 }
             }
         }
-        Ok(Some(CollectionCopy {
-            name: name.to_owned(),
-            config: collection.config.clone(),
-            replication_factor: collection.replication_factor,
-            created_at: collection.created_at,
-            shards,
-        }))
+    }
+
+    async fn shards(&self, target: &Target, name: &str, ids: &[ShardId]) -> Result<Vec<ShardCopy>, Error> {
+        let mut shards = Vec::new();
+        for shard in ids {
+            self.note(|job| job.at = format!("shard {shard} of {name}"));
+            let copy = self.shard(target, *shard).await.map_err(|error| Error {
+                message: format!("shard {shard} of {name}: {}", error.message),
+                ..error
+            })?;
+            shards.push(copy);
+        }
+        Ok(shards)
     }
 
     async fn shard(&self, target: &Target, shard: ShardId) -> Result<ShardCopy, Error> {

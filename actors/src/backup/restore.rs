@@ -254,8 +254,7 @@ impl Restore<'_> {
         let request = RequestId::from_key(&self.scope, &what);
         let deadline = Instant::now() + STEP_TIMEOUT;
         loop {
-            let written =
-                self.backups.inner.cluster.write(shard, Some(request), command.clone(), deadline).await;
+            let written = self.backups.inner.cluster.write(shard, Some(request), &command, deadline).await;
             match written {
                 Ok(_) => return Ok(()),
                 Err(error) if error.code == ErrorCode::Busy && Instant::now() < deadline => {

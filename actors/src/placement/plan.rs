@@ -33,6 +33,8 @@ pub struct PlacementLimits {
     pub repair_after: Duration,
     /// Leaders are balanced when nothing else has happened for so long.
     pub calm_before_leaders: Duration,
+    /// A shard whose store is larger is split in two, in bytes; never when 0.
+    pub split_bytes: u64,
 }
 
 impl Default for PlacementLimits {
@@ -40,6 +42,7 @@ impl Default for PlacementLimits {
         PlacementLimits {
             repair_after: Duration::from_secs(300),
             calm_before_leaders: Duration::from_secs(60),
+            split_bytes: 8 << 30,
         }
     }
 }

@@ -9,6 +9,7 @@ use crate::cluster::Cluster;
 use crate::ingest::{Ingests, IngestsArguments};
 use crate::mesh::{Mesh, MeshArguments, Server};
 use crate::placement::{Placement, PlacementArguments, PlacementLimits};
+use crate::reshard::{Reshards, ReshardsArguments};
 use crate::shards::{Shards, ShardsArguments};
 use crate::work::Work;
 
@@ -24,6 +25,7 @@ pub(super) struct RootArguments {
     pub(super) mesh: MeshArguments,
     pub(super) work: Work,
     pub(super) placement: PlacementLimits,
+    pub(super) reshards: ReshardsArguments,
 }
 
 #[derive(RactorMessage)]
@@ -39,7 +41,12 @@ pub(super) enum Child {
     Shards,
     Ingests,
     Placement,
+    Reshards,
 }
+
+/// In the order in which they are started.
+const ALL: [Child; 6] =
+    [Child::Server, Child::Mesh, Child::Shards, Child::Ingests, Child::Placement, Child::Reshards];
 
 pub(super) struct RootState {
     arguments: RootArguments,
@@ -57,7 +64,7 @@ impl Actor for Root {
         arguments: RootArguments,
     ) -> Result<RootState, ActorProcessingErr> {
         let mut state = RootState { arguments, children: Vec::new() };
-        for child in [Child::Server, Child::Mesh, Child::Shards, Child::Ingests, Child::Placement] {
+        for child in ALL {
             let cell = state.spawn(child, myself.get_cell()).await?;
             state.children.push((child, cell));
         }
@@ -128,6 +135,9 @@ impl RootState {
             Child::Placement => {
                 let placement = PlacementArguments { cluster, limits: arguments.placement };
                 Actor::spawn_linked(None, Placement, placement, parent).await?.0.get_cell()
+            }
+            Child::Reshards => {
+                Actor::spawn_linked(None, Reshards, arguments.reshards, parent).await?.0.get_cell()
             }
         })
     }

@@ -19,6 +19,7 @@ use crate::cluster::Cluster;
 use crate::control::Control;
 use crate::mesh::MeshArguments;
 use crate::placement::PlacementLimits;
+use crate::reshard::ReshardsArguments;
 use crate::service::{Identity, PeerService};
 use crate::shards::ShardsArguments;
 use crate::sweep;
@@ -184,6 +185,11 @@ pub async fn start(config: NodeConfig, peers: Peers, service: PeerService) -> Re
         },
         work: work.clone(),
         placement: config.placement,
+        reshards: ReshardsArguments {
+            cluster: cluster.clone(),
+            limits: config.placement,
+            scratch: config.data.join("reshard"),
+        },
     };
     let (root, _) = Actor::spawn(None, Root, arguments)
         .await

@@ -219,6 +219,7 @@ impl ShardState {
             let is_learner = self.local.group.status().role == "learner";
             self.blobs_at = Instant::now() + if has_more || is_learner { TICK } else { BLOBS_EVERY };
         }
+        crate::reshard::thaw_if_given_up(&self.cluster, self.id, &self.local).await;
         let is_scrubbing = self.scrub().await?;
         if self.compared_at.elapsed() >= COMPARE_EVERY {
             self.compare().await;

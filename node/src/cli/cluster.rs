@@ -89,6 +89,25 @@ pub enum ClusterCommand {
         #[command(flatten)]
         client: ClientArgs,
     },
+    /// Split a shard while it is used; returns when that is done.
+    Split {
+        /// The shard's id.
+        shard: u64,
+        /// How many shards take its place.
+        #[arg(long, default_value_t = 2)]
+        into: u32,
+        #[command(flatten)]
+        client: ClientArgs,
+    },
+    /// Make one shard of two neighbours while they are used; returns when that is done.
+    Merge {
+        /// The shard's id.
+        shard: u64,
+        /// The id of a shard whose range begins or ends where its own ends or begins.
+        other: u64,
+        #[command(flatten)]
+        client: ClientArgs,
+    },
     /// Keep placement from moving anything by itself.
     Pause {
         #[command(flatten)]
@@ -144,6 +163,14 @@ pub async fn run(command: ClusterCommand) -> Result<()> {
             println!("every shard of {collection} is to have {factor} replicas");
             Ok(())
         }
+        ClusterCommand::Split { shard, into, client } => {
+            reshard(&Client::new(client)?, &format!("/admin/shards/{shard}/split"), json!({"into": into}))
+                .await
+        }
+        ClusterCommand::Merge { shard, other, client } => {
+            reshard(&Client::new(client)?, &format!("/admin/shards/{shard}/merge"), json!({"with": other}))
+                .await
+        }
         ClusterCommand::Pause { client } => {
             order(client, Method::POST, "/admin/placement/pause", None).await?;
             println!("placement is paused; what is under way ends");
@@ -161,6 +188,28 @@ async fn order(args: ClientArgs, method: Method, path: &str, body: Option<Value>
     let client = Client::new(args)?;
     let request = client.request(method, path);
     client.send(if let Some(body) = body { request.json(&body) } else { request }).await
+}
+
+/// Orders a change of shards and waits for its end.
+async fn reshard(client: &Client, path: &str, body: Value) -> Result<()> {
+    let before = client.get("/admin/cluster/report").await?;
+    client.send(client.request(Method::POST, path).json(&body)).await?;
+    let began = Instant::now();
+    loop {
+        tokio::time::sleep(TICK).await;
+        // Somebody who waits for a cluster in trouble goes on waiting.
+        let Ok(report) = client.get("/admin/cluster/report").await else { continue };
+        if list(&report["resharding"]).is_empty() {
+            let known = |shard: &&Value| list(&before["shards"]).iter().any(|old| old["id"] == shard["id"]);
+            let new: Vec<String> = list(&report["shards"])
+                .iter()
+                .filter(|shard| !known(shard))
+                .map(|shard| shard["id"].to_string())
+                .collect();
+            println!("done in {:.1} s: shards {}", began.elapsed().as_secs_f64(), new.join(", "));
+            return Ok(());
+        }
+    }
 }
 
 async fn status(client: &Client, watch: bool) -> Result<()> {
@@ -216,10 +265,13 @@ fn print_report(report: &Value) {
     for shard in std::iter::once(&control).chain(list(&report["shards"])) {
         let group = &shard["group"];
         let behind = group["behind"].as_object().and_then(|all| all.values().filter_map(Value::as_u64).max());
+        // A shard that a split or a merge has made is nobody's yet.
+        let coming = if shard["is_in_use"] == json!(false) { " (to come)" } else { "" };
+        let collection = format!("{}{coming}", text(&shard["collection"]));
         let leader = if group.is_null() { "NONE".to_owned() } else { group["leader"].to_string() };
         shards.row([
             shard["id"].to_string(),
-            text(&shard["collection"]).to_owned(),
+            collection,
             leader,
             ids(&shard["replicas"]),
             ids(&group["voters"]),
@@ -230,6 +282,10 @@ fn print_report(report: &Value) {
     shards.print();
     println!();
     print_plan(&report["placement"]);
+    for change in list(&report["resharding"]) {
+        let (from, into) = (ids(&change["shards"]), ids(&change["into"]));
+        println!("shards of {}: {from} become {into}", text(&change["collection"]));
+    }
 }
 
 const GIB: f64 = (1u64 << 30) as f64;

@@ -6,12 +6,13 @@ use std::collections::BTreeMap;
 use axum::Json;
 use axum::body::Bytes;
 use axum::extract::{Path, Query, State};
+use axum::http::StatusCode;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use shoal_actors::Cluster;
 use shoal_actors::placement::{GroupReport, NodeReport, Plan, find_node, led};
 use shoal_proto::{GroupId, NodeId, ShardId};
-use shoal_raft::cluster::{ClusterState, Drain};
+use shoal_raft::cluster::{ClusterState, Drain, Reshard};
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
 
@@ -31,6 +32,9 @@ pub(super) fn routes() -> OpenApiRouter<App> {
         .routes(described!(move_replica))
         .routes(described!(move_leader))
         .routes(described!(set_replication))
+        .routes(described!(split))
+        .routes(described!(merge))
+        .routes(described!(abort_reshard))
 }
 
 /// The whole cluster: every node's own word, who holds and leads what, and what placement does.
@@ -54,6 +58,7 @@ async fn report(State(app): State<App>, context: Context) -> Result<Json<Value>,
         "cluster_id": state.cluster_id, "version": state.version, "nodes": nodes,
         "control": group_shape(&led, GroupId::CONTROL), "shards": shards,
         "placement": plan.map(|plan| plan_shape(&plan)),
+        "resharding": state.resharding.iter().map(|(name, change)| reshard_shape(name, change)).collect::<Vec<_>>(),
     })))
 }
 
@@ -86,7 +91,7 @@ fn shard_shape(state: &ClusterState, led: &Led, id: ShardId) -> Value {
     let shard = &state.shards[&id];
     json!({
         "id": id, "collection": shard.collection, "first": shard.first, "last": shard.last,
-        "replicas": shard.replicas, "group": group_shape(led, id.into()),
+        "is_in_use": state.is_in_use(id), "replicas": shard.replicas, "group": group_shape(led, id.into()),
     })
 }
 
@@ -99,6 +104,10 @@ fn group_shape(led: &Led, id: GroupId) -> Value {
             "voters": group.voters, "learners": group.learners, "behind": group.behind,
         }),
     }
+}
+
+fn reshard_shape(name: &str, change: &Reshard) -> Value {
+    json!({"collection": name, "shards": change.parents, "into": change.children})
 }
 
 fn plan_shape(plan: &Plan) -> Value {
@@ -342,4 +351,70 @@ async fn set_replication(
     let cluster = &app.running()?.cluster;
     cluster.set_replication(&name, request.replication_factor, context.deadline).await?;
     Ok(Json(json!({"collection": name, "replication_factor": request.replication_factor})))
+}
+
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct Split {
+    /// How many shards take its place, from 2; 2 when absent.
+    into: Option<u32>,
+}
+
+/// Begins to split a shard, while it is read and written. `resharding` of the report says what is under way.
+#[utoipa::path(
+    post, path = "/admin/shards/{shard}/split", operation_id = "split_shard", tag = "operators",
+    params(("shard" = u64, Path, description = "Id"), Context),
+    request_body = Split,
+    responses(OperatorAnswers),
+)]
+async fn split(
+    State(app): State<App>,
+    Path(shard): Path<u64>,
+    context: Context,
+    body: Bytes,
+) -> Result<(StatusCode, Json<Value>), Problem> {
+    let into = if body.is_empty() { None } else { read_json::<Split>(&body)?.into };
+    let into = into.unwrap_or(2);
+    app.running()?.cluster.split(ShardId(shard), into, context.deadline).await?;
+    Ok((StatusCode::ACCEPTED, Json(json!({"shard": shard, "into": into}))))
+}
+
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct Merge {
+    /// The id of a neighbour: the shard whose range begins where this one's ends, or ends where it begins.
+    with: u64,
+}
+
+/// Begins to make one shard of two neighbours, while they are read and written.
+#[utoipa::path(
+    post, path = "/admin/shards/{shard}/merge", operation_id = "merge_shards", tag = "operators",
+    params(("shard" = u64, Path, description = "Id"), Context),
+    request_body = Merge,
+    responses(OperatorAnswers),
+)]
+async fn merge(
+    State(app): State<App>,
+    Path(shard): Path<u64>,
+    context: Context,
+    body: Bytes,
+) -> Result<(StatusCode, Json<Value>), Problem> {
+    let with = read_json::<Merge>(&body)?.with;
+    app.running()?.cluster.merge(ShardId(shard), ShardId(with), context.deadline).await?;
+    Ok((StatusCode::ACCEPTED, Json(json!({"shard": shard, "with": with}))))
+}
+
+/// Gives up a split or a merge: the shards stay as they are.
+#[utoipa::path(
+    delete, path = "/admin/collections/{collection}/reshard", operation_id = "abort_reshard", tag = "operators",
+    params(("collection" = String, Path, description = "Name or alias"), Context),
+    responses(OperatorAnswers),
+)]
+async fn abort_reshard(
+    State(app): State<App>,
+    Path(name): Path<String>,
+    context: Context,
+) -> Result<Json<Value>, Problem> {
+    app.running()?.cluster.abort_reshard(&name, context.deadline).await?;
+    Ok(Json(json!({"collection": name})))
 }

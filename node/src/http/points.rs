@@ -1,16 +1,15 @@
 //! Writing and reading points over the shards of a collection: what both surfaces share.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::future::try_join_all;
 use shoal_actors::Cluster;
-use shoal_actors::entries::{by_shard, entries};
+use shoal_actors::routing::{Part, cut_points, cut_target, for_all};
 use shoal_actors::search::{Gathered, gather};
-use shoal_engine::command::{Answer, Command, Outcome, Point, Read, Target};
-use shoal_proto::{CollectionConfig, Error, PointId, Position, ShardId};
-use shoal_raft::cluster::ClusterState;
+use shoal_engine::command::{Answer, Command, Point, Read, Target};
+use shoal_proto::{CollectionConfig, Error, Position, ShardId};
+use shoal_raft::cluster::{ClusterState, Collection};
 
 use crate::http::context::Context;
 
@@ -59,18 +58,8 @@ impl Found {
         Some(Found { name, config, shards, state })
     }
 
-    /// The shard that owns a point.
-    pub fn shard_of(&self, id: PointId) -> ShardId {
-        self.state.shard_of_point(&self.state.collections[&self.name], id)
-    }
-
-    /// Splits ids by shard.
-    pub fn by_shard(&self, ids: &[PointId]) -> BTreeMap<ShardId, Vec<PointId>> {
-        let mut split: BTreeMap<ShardId, Vec<PointId>> = BTreeMap::new();
-        for id in ids {
-            split.entry(self.shard_of(*id)).or_default().push(*id);
-        }
-        split
+    fn collection(&self) -> &Collection {
+        &self.state.collections[&self.name]
     }
 }
 
@@ -94,19 +83,8 @@ pub async fn upsert(
             }
         })?;
     }
-    let writes = by_shard(points, |id| found.shard_of(id)).into_iter().map(|(shard, points)| async move {
-        let mut index = 0;
-        for (number, entry) in entries(points).into_iter().enumerate() {
-            let id = context.part_id(&format!("{shard}/{number}"));
-            index = cluster.write(shard, Some(id), Command::Upsert(entry), context.deadline).await?.1;
-        }
-        Ok::<_, Error>((shard, index))
-    });
-    let mut position = Position::default();
-    for (shard, index) in try_join_all(writes).await? {
-        position.advance(shard.into(), index);
-    }
-    Ok(position)
+    let parts = cut_points(found.collection(), points, |part| context.part_id(part));
+    write_parts(cluster, found, parts, context).await.map(|(_, position)| position)
 }
 
 /// Puts a command about a target through the shards that it concerns.
@@ -120,37 +98,51 @@ pub async fn write_target(
     context: &Context,
     command: impl Fn(Target) -> Command,
 ) -> Result<(u64, Position), Error> {
-    let parts: Vec<(ShardId, Command)> = match target {
-        Target::Ids(ids) => {
-            found.by_shard(&ids).into_iter().map(|(shard, ids)| (shard, command(Target::Ids(ids)))).collect()
-        }
-        Target::Filter(filter) => {
-            found.shards.iter().map(|shard| (*shard, command(Target::Filter(filter.clone())))).collect()
-        }
-    };
-    write_parts(cluster, parts, context).await
+    let parts = cut_target(found.collection(), &target, command, |part| context.part_id(part));
+    write_parts(cluster, found, parts, context).await
 }
 
-/// Puts one command per shard through.
+/// Puts a command through every shard.
 ///
 /// # Errors
 /// The first that any shard gives.
-pub async fn write_parts(
+pub async fn write_all(
     cluster: &Cluster,
-    parts: Vec<(ShardId, Command)>,
+    found: &Found,
+    command: &Command,
     context: &Context,
 ) -> Result<(u64, Position), Error> {
-    let writes = parts.into_iter().map(|(shard, command)| async move {
-        let id = context.part_id(&shard.to_string());
-        let (outcome, index) = cluster.write(shard, Some(id), command, context.deadline).await?;
-        Ok::<_, Error>((shard, index, outcome))
+    let parts = for_all(found.collection(), command, |part| context.part_id(part));
+    write_parts(cluster, found, parts, context).await
+}
+
+async fn write_parts(
+    cluster: &Cluster,
+    found: &Found,
+    parts: Vec<Part>,
+    context: &Context,
+) -> Result<(u64, Position), Error> {
+    // Those of one range one after the other, in the order in which the request has them.
+    let mut ranges: Vec<Vec<Part>> = Vec::new();
+    for part in parts {
+        match ranges.last_mut().filter(|parts| parts[0].range == part.range) {
+            Some(parts) => parts.push(part),
+            None => ranges.push(vec![part]),
+        }
+    }
+    let writes = ranges.into_iter().map(|parts| async move {
+        let (mut touched, mut position) = (0, Position::default());
+        for part in parts {
+            let (count, reached) = cluster.write_part(&found.name, part, context.deadline).await?;
+            touched += count;
+            position.merge(&reached);
+        }
+        Ok::<_, Error>((touched, position))
     });
     let (mut touched, mut position) = (0, Position::default());
-    for (shard, index, outcome) in try_join_all(writes).await? {
-        position.advance(shard.into(), index);
-        if let Outcome::Done(count) = outcome {
-            touched += count;
-        }
+    for (count, reached) in try_join_all(writes).await? {
+        touched += count;
+        position.merge(&reached);
     }
     Ok((touched, position))
 }
@@ -165,7 +157,7 @@ pub async fn ask_all(
     question: &Read,
     context: &Context,
 ) -> Result<Gathered, Error> {
-    gather(cluster, &found.shards, question, &context.read_options(), context.allow_partial).await
+    gather(cluster, &found.name, question, &context.read_options(), context.allow_partial).await
 }
 
 /// The number of points that a filter keeps.

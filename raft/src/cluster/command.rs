@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
-use shoal_proto::{CollectionConfig, Error, FieldType, NodeId, RequestId, ShardId};
+use shoal_proto::{CollectionConfig, Error, FieldType, NodeId, RequestId, Route, ShardId};
 
 use super::Drain;
 
@@ -154,6 +154,32 @@ pub enum Command {
     AbortRestore {
         /// The restore.
         restore: RequestId,
+    },
+    /// Makes new shards, that nobody sees yet, for the ranges of some neighbours of one collection.
+    BeginReshard {
+        /// Made once per attempt.
+        reshard: RequestId,
+        /// The attempt that it takes the place of, whose new shards go; refused when another one, or none, is
+        /// under way.
+        instead_of: Option<RequestId>,
+        /// The collection.
+        name: String,
+        /// The shards that are to go, in the order of their ranges.
+        parents: Vec<ShardId>,
+        /// Where the range of each new shard begins; the first one where the parents' do.
+        firsts: Vec<Route>,
+    },
+    /// Puts the new shards in the place of the old ones, in one step.
+    EndReshard {
+        /// The attempt.
+        reshard: RequestId,
+        /// The log index from which each new shard has everything.
+        begins: BTreeMap<ShardId, u64>,
+    },
+    /// Gives the new shards up; the old ones stay.
+    AbortReshard {
+        /// The attempt.
+        reshard: RequestId,
     },
 }
 

@@ -6,6 +6,7 @@
 
 mod command;
 mod placement;
+mod reshard;
 mod saved;
 mod state;
 #[cfg(test)]
@@ -13,4 +14,4 @@ mod tests;
 
 pub use command::{Addresses, Command, Response};
 pub use saved::{read, write};
-pub use state::{Alias, ClusterState, Collection, Drain, Node, Restore, Shard};
+pub use state::{Alias, ClusterState, Collection, Drain, MAX_SHARDS, Node, Origin, Reshard, Restore, Shard};

@@ -10,7 +10,7 @@ use super::ClusterState;
 
 /// The format that [`write()`] writes. The first one had no number: its bytes begin with the codec's
 /// own, which was 1.
-const FORMAT: u8 = 3;
+const FORMAT: u8 = 4;
 
 /// The bytes of a state, with where in the log it was taken.
 pub fn write(tag: &Option<Vec<u8>>, state: &ClusterState) -> Vec<u8> {
@@ -26,6 +26,7 @@ pub fn read(bytes: &[u8]) -> Result<(Option<Vec<u8>>, ClusterState), CodecError>
         None => Err(CodecError::Empty),
         Some((1, _)) => decode::<v1::ClusterState>(bytes),
         Some((2, body)) => decode::<v2::ClusterState>(body),
+        Some((3, body)) => decode::<v3::ClusterState>(body),
         Some((&FORMAT, body)) => decode::<ClusterState>(body),
         Some((other, _)) => Err(CodecError::UnknownVersion(*other)),
     }
@@ -46,7 +47,8 @@ mod v1 {
     use serde::Deserialize;
     use shoal_proto::{NodeId, RequestId, ShardId};
 
-    use super::super::{Addresses, Alias, Collection, Drain, Response, Shard};
+    use super::super::{Addresses, Alias, Drain, Response};
+    use super::v3::{Collection, Shard};
 
     #[derive(Deserialize)]
     pub(super) struct Node {
@@ -105,7 +107,8 @@ mod v2 {
     use serde::Deserialize;
     use shoal_proto::{NodeId, RequestId, ShardId};
 
-    use super::super::{Alias, Collection, Node, Response, Shard};
+    use super::super::{Alias, Node, Response};
+    use super::v3::{Collection, Shard};
 
     #[derive(Deserialize)]
     pub(super) struct ClusterState {
@@ -125,7 +128,7 @@ mod v2 {
 
     impl From<ClusterState> for super::super::ClusterState {
         fn from(old: ClusterState) -> Self {
-            super::super::ClusterState {
+            let next = super::v3::ClusterState {
                 version: old.version,
                 cluster_id: old.cluster_id,
                 nodes: old.nodes,
@@ -136,6 +139,88 @@ mod v2 {
                 aliases: old.aliases,
                 restoring: BTreeMap::new(),
                 shards: old.shards,
+                last_node: old.last_node,
+                last_shard: old.last_shard,
+                answered: old.answered,
+            };
+            next.into()
+        }
+    }
+}
+
+/// The third format: shards stayed what they were.
+mod v3 {
+    use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+    use serde::Deserialize;
+    use shoal_proto::{CollectionConfig, FieldType, NodeId, RequestId, Route, ShardId};
+
+    use super::super::{Alias, Node, Origin, Response, Restore};
+
+    #[derive(Deserialize)]
+    pub(super) struct Collection {
+        config: CollectionConfig,
+        shards: Vec<ShardId>,
+        replication_factor: u32,
+        created_at: u64,
+    }
+
+    #[derive(Deserialize)]
+    pub(super) struct Shard {
+        collection: String,
+        first: Route,
+        last: Route,
+        replicas: BTreeSet<NodeId>,
+        founders: BTreeSet<NodeId>,
+        first_indexes: BTreeMap<String, FieldType>,
+    }
+
+    #[derive(Deserialize)]
+    pub(super) struct ClusterState {
+        pub(super) version: u64,
+        pub(super) cluster_id: String,
+        pub(super) nodes: BTreeMap<NodeId, Node>,
+        pub(super) removed: BTreeSet<NodeId>,
+        pub(super) gone: BTreeMap<String, NodeId>,
+        pub(super) is_placement_paused: bool,
+        pub(super) collections: BTreeMap<String, Collection>,
+        pub(super) aliases: BTreeMap<Alias, String>,
+        pub(super) restoring: BTreeMap<String, Restore>,
+        pub(super) shards: BTreeMap<ShardId, Shard>,
+        pub(super) last_node: u64,
+        pub(super) last_shard: u64,
+        pub(super) answered: VecDeque<(RequestId, Response)>,
+    }
+
+    impl From<Shard> for super::super::Shard {
+        fn from(old: Shard) -> Self {
+            let Shard { collection, first, last, replicas, founders, first_indexes } = old;
+            super::super::Shard { collection, first, last, replicas, founders, first_indexes, begins_at: 0 }
+        }
+    }
+
+    impl From<ClusterState> for super::super::ClusterState {
+        fn from(old: ClusterState) -> Self {
+            let collection = |collection: Collection| {
+                let Collection { config, shards, replication_factor, created_at } = collection;
+                let origin = |shard: &ShardId| Origin { shard: *shard, first: old.shards[shard].first };
+                let origins = shards.iter().map(origin).collect();
+                super::super::Collection { config, shards, replication_factor, created_at, origins }
+            };
+            let collections =
+                old.collections.into_iter().map(|(name, known)| (name, collection(known))).collect();
+            super::super::ClusterState {
+                version: old.version,
+                cluster_id: old.cluster_id,
+                nodes: old.nodes,
+                removed: old.removed,
+                gone: old.gone,
+                is_placement_paused: old.is_placement_paused,
+                collections,
+                aliases: old.aliases,
+                restoring: old.restoring,
+                resharding: BTreeMap::new(),
+                shards: old.shards.into_iter().map(|(id, shard)| (id, shard.into())).collect(),
                 last_node: old.last_node,
                 last_shard: old.last_shard,
                 answered: old.answered,
@@ -198,6 +283,18 @@ mod tests {
         assert_eq!((state.nodes.len(), drained), (3, vec!["n3"]));
         assert!(state.is_placement_paused && state.restoring.is_empty());
         assert_eq!(state.collection("kept").expect("known").1.shards.len(), 2);
+    }
+
+    /// Written by the build of 2026-11-22, before shards could be split.
+    #[test]
+    fn what_the_third_format_has_written_is_read() {
+        let (_, state) = read(include_bytes!("../../testdata/cluster-state-3.bin")).expect("whole");
+        let (_, kept) = state.collection("kept").expect("known");
+        let origins: Vec<_> = kept.origins.iter().map(|origin| (origin.shard, origin.first)).collect();
+        let shards: Vec<_> = kept.shards.iter().map(|shard| (*shard, state.shards[shard].first)).collect();
+        assert_eq!(origins, shards, "a collection was made with the shards that it had");
+        assert_eq!(origins.len(), 2);
+        assert!(state.resharding.is_empty());
     }
 
     const TAG_BYTES: usize = 16;

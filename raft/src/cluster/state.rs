@@ -5,7 +5,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use serde::{Deserialize, Serialize};
 use shoal_proto::collection::validate_name;
 use shoal_proto::{
-    CollectionConfig, Error, ErrorCode, FieldType, NodeId, PointId, RequestId, Route, ShardId,
+    CollectionConfig, Error, ErrorCode, FieldType, GroupId, NodeId, PointId, Position, RequestId, Route,
+    ShardId,
 };
 
 use super::placement;
@@ -58,6 +59,37 @@ pub struct Collection {
     pub replication_factor: u32,
     /// Seconds since the Unix epoch.
     pub created_at: u64,
+    /// The shards that it was made with, in the order of their ranges. Writes of several points are cut by
+    /// these first, so that a write that is repeated is cut the same way whatever has become of the shards:
+    /// only then is it recognised.
+    pub origins: Vec<Origin>,
+}
+
+impl Collection {
+    /// One that has no shards yet.
+    fn new(config: CollectionConfig, replication_factor: u32, created_at: u64) -> Collection {
+        Collection { config, shards: Vec::new(), replication_factor, created_at, origins: Vec::new() }
+    }
+}
+
+/// A shard that a collection was made with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    /// Its id.
+    pub shard: ShardId,
+    /// The first route of its range, which ends where the next one begins.
+    pub first: Route,
+}
+
+/// A change of the shards of a collection that is under way.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reshard {
+    /// Made once per attempt.
+    pub id: RequestId,
+    /// The shards that are to go, in the order of their ranges.
+    pub parents: Vec<ShardId>,
+    /// The shards that are to come, in the order of their ranges. Nobody sees them yet.
+    pub children: Vec<ShardId>,
 }
 
 /// One hash range of one collection.
@@ -76,6 +108,9 @@ pub struct Shard {
     /// The payload indexes that every replica begins with, whenever it begins; what has changed
     /// since then is in the group's log.
     pub first_indexes: BTreeMap<String, FieldType>,
+    /// The log index from which it has everything that the shards before it had; nothing is read from a
+    /// replica that has not come so far.
+    pub begins_at: u64,
 }
 
 /// Who puts a collection back from a backup.
@@ -111,6 +146,8 @@ pub struct ClusterState {
     pub aliases: BTreeMap<Alias, String>,
     /// Collections that are being put back from a backup, by name, and by whom: nobody sees them.
     pub restoring: BTreeMap<String, Restore>,
+    /// Changes of shards, by collection.
+    pub resharding: BTreeMap<String, Reshard>,
     /// Shards by id.
     pub shards: BTreeMap<ShardId, Shard>,
     pub(super) last_node: u64,
@@ -161,7 +198,7 @@ impl ClusterState {
                 name, config, shard_count, replication_factor, created_at, ..
             } => {
                 let replication_factor = replication_factor.unwrap_or(DEFAULT_REPLICATION);
-                let collection = Collection { config, shards: Vec::new(), replication_factor, created_at };
+                let collection = Collection::new(config, replication_factor, created_at);
                 self.create_collection(name, collection, shard_count)
             }
             Command::DeleteCollection { name, .. } if self.restoring.contains_key(&name) => {
@@ -206,7 +243,7 @@ impl ClusterState {
                 replication_factor,
                 created_at,
             } => {
-                let collection = Collection { config, shards: Vec::new(), replication_factor, created_at };
+                let collection = Collection::new(config, replication_factor, created_at);
                 self.begin_restore(Restore { id: restore, node }, name, collection, shard_count)
             }
             Command::EndRestore { restore, collections, aliases } => {
@@ -214,6 +251,16 @@ impl ClusterState {
             }
             Command::AbortRestore { restore } => {
                 self.abort_restores(|by| by.id == restore);
+                Ok(Response::Done)
+            }
+            Command::BeginReshard { reshard, instead_of, name, parents, firsts } => {
+                self.begin_reshard((reshard, instead_of), &name, parents, &firsts)
+            }
+            Command::EndReshard { reshard, begins } => self.end_reshard(reshard, &begins),
+            Command::AbortReshard { reshard } => {
+                let name = self.resharding.iter().find(|(_, known)| known.id == reshard);
+                let Some(name) = name.map(|(name, _)| name.clone()) else { return Ok(Response::Absent) };
+                self.drop_reshard(&name);
                 Ok(Response::Done)
             }
         }
@@ -345,9 +392,11 @@ impl ClusterState {
                 founders: replicas.clone(),
                 replicas,
                 first_indexes: collection.config.payload_indexes.clone(),
+                begins_at: 0,
             };
             self.shards.insert(id, shard);
             collection.shards.push(id);
+            collection.origins.push(Origin { shard: id, first });
         }
         self.collections.insert(name, collection);
         Ok(Response::Done)
@@ -410,6 +459,7 @@ impl ClusterState {
             return Response::Absent;
         };
         self.restoring.remove(name);
+        self.drop_reshard(name);
         for shard in collection.shards {
             self.shards.remove(&shard);
         }
@@ -477,6 +527,22 @@ impl ClusterState {
         self.collections.iter().filter(|(name, _)| !self.restoring.contains_key(*name))
     }
 
+    /// Whether somebody has seen shards in use of which this state does not know that they are: it is behind.
+    pub fn is_behind(&self, position: &Position) -> bool {
+        let mut seen = position.iter().filter(|(group, _)| *group != GroupId::CONTROL);
+        seen.any(|(group, _)| {
+            let shard = ShardId(group.0);
+            !self.is_in_use(shard) && !self.was_deleted(shard)
+        })
+    }
+
+    /// Whether a shard is one of its collection's, and the collection can be used: not one that is to come.
+    pub fn is_in_use(&self, id: ShardId) -> bool {
+        let shard = self.shards.get(&id);
+        let collection = shard.and_then(|shard| self.collection(&shard.collection).ok());
+        collection.is_some_and(|(_, collection)| collection.shards.contains(&id))
+    }
+
     /// The shard of a collection that owns a route.
     pub fn shard_of(&self, collection: &Collection, route: Route) -> ShardId {
         let owner = collection
@@ -502,6 +568,11 @@ impl ClusterState {
             }
             assert_eq!(next, None, "the ranges of `{name}` do not reach the end");
         }
+        for (name, reshard) in &self.resharding {
+            let collection = &self.collections[name];
+            assert!(reshard.parents.iter().all(|parent| collection.shards.contains(parent)), "of `{name}`");
+            assert!(reshard.children.iter().all(|child| self.shards.contains_key(child)), "for `{name}`");
+        }
         for name in self.restoring.keys() {
             assert!(self.collections.contains_key(name), "`{name}` is being restored and is not there");
         }
@@ -525,7 +596,7 @@ fn check_count(field: &str, count: u32, most: u32) -> Result<(), Error> {
     Err(Error::invalid(field, format!("{count} is not between 1 and {most}")))
 }
 
-fn conflict(message: impl std::fmt::Display) -> Error {
+pub(super) fn conflict(message: impl std::fmt::Display) -> Error {
     Error::new(ErrorCode::Conflict, message)
 }
 

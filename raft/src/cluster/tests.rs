@@ -114,6 +114,27 @@ fn step(state: &mut ClusterState, words: &[&str]) -> String {
             let collections = collections.split(',').map(str::to_owned).collect();
             Command::EndRestore { restore, collections, aliases: aliases.iter().map(pair).collect() }
         }
+        ["begin-reshard", reshard, name, parents, firsts, instead_of @ ..] => Command::BeginReshard {
+            reshard: RequestId([number(reshard) as u8; 16]),
+            instead_of: instead_of.first().map(|id| RequestId([number(id) as u8; 16])),
+            name: (*name).to_owned(),
+            parents: parents.split(',').map(|shard| ShardId(number(shard))).collect(),
+            firsts: firsts
+                .split(',')
+                .map(|first| Route(u32::from_str_radix(first, 16).expect("a route")))
+                .collect(),
+        },
+        ["end-reshard", reshard, begins] => {
+            let pair = |text: &str| {
+                let (shard, index) = text.split_once('=').expect("shard=index");
+                (ShardId(number(shard)), number(index))
+            };
+            let begins = begins.split(',').map(pair).collect();
+            Command::EndReshard { reshard: RequestId([number(reshard) as u8; 16]), begins }
+        }
+        ["abort-reshard", reshard] => {
+            Command::AbortReshard { reshard: RequestId([number(reshard) as u8; 16]) }
+        }
         ["alias", alias, target @ ..] => {
             let collection = target.first().map(|&name| name.to_owned());
             Command::SetAlias { alias: (*alias).to_owned(), collection }

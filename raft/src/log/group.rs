@@ -197,7 +197,7 @@ impl GroupLog {
 
     /// Entries from `first` up to `end`, without a gap: from memory where they are there, from
     /// the log where they are not. Stops early once `limit_bytes` are reached.
-    async fn read(&self, first: u64, end: u64, limit_bytes: usize) -> io::Result<Vec<Entry>> {
+    pub(crate) async fn read(&self, first: u64, end: u64, limit_bytes: usize) -> io::Result<Vec<Entry>> {
         let mut entries: Vec<Entry> = Vec::new();
         let mut bytes = 0;
         let mut next = first;

@@ -75,8 +75,8 @@ pub(super) fn file_id(text: &str) -> Result<DocumentId, Error> {
 pub(super) async fn find(cluster: &Cluster, id: DocumentId, context: &Context) -> Result<FileRecord, Error> {
     let missing = || Error::not_found(format!("no such file: {id}"));
     let found = Found::find_if_any(cluster, FILES_COLLECTION).await?.ok_or_else(missing)?;
-    let (answer, _) =
-        cluster.read_hedged(shard_of(&found, id), Read::GetFile(id), &context.read_options()).await?;
+    let options = context.read_options();
+    let (answer, ..) = cluster.read_at(&found.name, id.route(), &Read::GetFile(id), &options).await?;
     match answer {
         Answer::Files(files) => files.into_iter().next().ok_or_else(missing),
         _ => Err(Error::internal("a shard did not answer with files")),
@@ -119,7 +119,7 @@ pub(super) async fn create(
         FileRecord { id, filename: form.filename, blob: blob.hash, bytes, purpose: form.purpose, created_at };
     let request_id = Some(context.part_id("record"));
     let (_, index) =
-        cluster.write(shard, request_id, Command::PutFile(record.clone()), context.deadline).await?;
+        cluster.write(shard, request_id, &Command::PutFile(record.clone()), context.deadline).await?;
     blob.settle(cluster, &running.blobs, context.deadline).await?;
     metrics::counter!("document_operations_total", "operation" => "upload", "status" => "ok").increment(1);
     let mut position = context.position.clone();
@@ -280,15 +280,18 @@ pub(super) async fn delete(
     // Documents made of the file go with it, in every store.
     let state = cluster.state();
     let stores = state.usable_collections().filter(|(_, collection)| collection.config.embedder.is_some());
-    for (_, collection) in stores {
-        let shard = state.shard_of(collection, id.route());
-        let request_id = Some(context.part_id(&format!("document/{shard}")));
-        cluster.write(shard, request_id, Command::DeleteDocument(id), context.deadline).await?;
+    for (store, _) in stores {
+        let request_id = Some(context.part_id(&format!("document/{store}")));
+        let command = Command::DeleteDocument(id);
+        match cluster.write_at(store, id.route(), request_id, command, context.deadline).await {
+            // The store went meanwhile, and what was in it.
+            Err(error) if error.code == ErrorCode::NotFound => {}
+            deleted => drop(deleted?),
+        }
     }
-    let shard = shard_of(&found, id);
-    let (outcome, _) = cluster
-        .write(shard, Some(context.part_id("record")), Command::DeleteFile(id), context.deadline)
-        .await?;
+    let (request_id, command) = (Some(context.part_id("record")), Command::DeleteFile(id));
+    let (outcome, ..) =
+        cluster.write_at(&found.name, id.route(), request_id, command, context.deadline).await?;
     let deleted = outcome != Outcome::Absent;
     Ok(Json(json!({"id": record.id.to_string(), "object": "file", "deleted": deleted})))
 }

@@ -7,7 +7,7 @@ use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use shoal_engine::command::{Answer, Command, Document, DocumentState, Outcome, Read, Stage};
-use shoal_proto::{ChunkerConfig, DocumentId, Error, Position, ShardId};
+use shoal_proto::{ChunkerConfig, DocumentId, Error, Position};
 use utoipa::ToSchema;
 
 use super::files;
@@ -72,7 +72,7 @@ pub(super) async fn attach(
     let attributes = checked_attributes(attributes)?;
     let cluster = &app.running()?.cluster;
     let file = files::find(cluster, files::file_id(file)?, context).await?;
-    let shard = shard_of(found, file.id);
+    let route = file.id.route();
     let command = Command::AcceptDocument {
         id: file.id,
         filename: file.filename,
@@ -82,7 +82,8 @@ pub(super) async fn attach(
         chunker,
     };
     let request_id = Some(context.part_id(&format!("accept/{}", file.id)));
-    let (outcome, index) = cluster.write(shard, request_id, command, context.deadline).await?;
+    let (outcome, shard, index) =
+        cluster.write_at(&found.name, route, request_id, command, context.deadline).await?;
     let mut position = context.position.clone();
     position.advance(shard.into(), index);
     Ok((document(outcome)?, position))
@@ -149,10 +150,6 @@ pub(super) fn chunker(strategy: Option<&Value>) -> Result<Option<ChunkerConfig>,
     }
 }
 
-fn shard_of(found: &Found, id: DocumentId) -> ShardId {
-    found.state.shard_of(&found.state.collections[&found.name], id.route())
-}
-
 fn status(state: DocumentState) -> &'static str {
     match state {
         DocumentState::InProgress => "in_progress",
@@ -197,10 +194,10 @@ async fn find(
     id: DocumentId,
     context: &Context,
 ) -> Result<(Document, Position), Error> {
-    let shard = shard_of(found, id);
     let cluster = &app.running()?.cluster;
-    let (answer, applied) =
-        cluster.read_hedged(shard, Read::GetDocument(id), &context.read_options()).await?;
+    let options = context.read_options();
+    let (answer, shard, applied) =
+        cluster.read_at(&found.name, id.route(), &Read::GetDocument(id), &options).await?;
     let mut position = context.position.clone();
     position.advance(shard.into(), applied);
     match answer {
@@ -295,8 +292,9 @@ pub(super) async fn update(
     let attributes = checked_attributes(request.attributes)?;
     let command = Command::SetAttributes { id, attributes };
     let cluster = &app.running()?.cluster;
-    let (outcome, _) =
-        cluster.write(shard_of(&found, id), Some(context.request_id), command, context.deadline).await?;
+    let request_id = Some(context.request_id);
+    let (outcome, ..) =
+        cluster.write_at(&found.name, id.route(), request_id, command, context.deadline).await?;
     Ok(Json(shape(&document(outcome)?, &store)))
 }
 
@@ -314,9 +312,9 @@ pub(super) async fn delete(
     let found = stores::find(&app, &store).await?;
     let id = files::file_id(&file)?;
     let cluster = &app.running()?.cluster;
-    let (outcome, _) = cluster
-        .write(shard_of(&found, id), Some(context.request_id), Command::DeleteDocument(id), context.deadline)
-        .await?;
+    let (request_id, command) = (Some(context.request_id), Command::DeleteDocument(id));
+    let (outcome, ..) =
+        cluster.write_at(&found.name, id.route(), request_id, command, context.deadline).await?;
     document(outcome)?;
     Ok(Json(json!({"id": file, "object": "vector_store.file.deleted", "deleted": true})))
 }
@@ -336,8 +334,8 @@ pub(super) async fn content(
     let id = files::file_id(&file)?;
     find(&app, &found, id, &context).await?;
     let cluster = &app.running()?.cluster;
-    let (answer, _) =
-        cluster.read_hedged(shard_of(&found, id), Read::GetChunks(id), &context.read_options()).await?;
+    let options = context.read_options();
+    let (answer, ..) = cluster.read_at(&found.name, id.route(), &Read::GetChunks(id), &options).await?;
     let Answer::Chunks(payloads) = answer else {
         return Err(Error::internal("a shard did not answer with chunks").into());
     };

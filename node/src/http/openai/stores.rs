@@ -361,7 +361,7 @@ pub(super) async fn search(
     };
     let options = context.read_options();
     let (lists, shards, position) =
-        search::search(&running.cluster, &found.shards, wanted, &higher, &options, context.allow_partial)
+        search::search(&running.cluster, &found.name, wanted, &higher, &options, context.allow_partial)
             .await?;
     let count = lists.len();
     let best = if count == 1 { 1.0 } else { count as f32 / (RRF_K + 1.0) };

@@ -19,7 +19,7 @@ use crate::app::App;
 use crate::http::context::{Context, json};
 use crate::http::error::QdrantError;
 use crate::http::openapi::QdrantAnswers;
-use crate::http::points::{Found, ask_all, write_parts};
+use crate::http::points::{Found, ask_all, write_all};
 use crate::http::unique;
 
 #[derive(Deserialize, ToSchema)]
@@ -411,11 +411,8 @@ async fn set_index(
     let found = Found::find(cluster, name).await?;
     let command = Command::SetPayloadIndex { name: found.name.clone(), field: field.clone(), index };
     cluster.control(command, context.deadline).await?;
-    let parts = found
-        .shards
-        .iter()
-        .map(|shard| (*shard, command::Command::SetPayloadIndex { field: field.clone(), index }));
-    let (_, position) = write_parts(cluster, parts.collect(), context).await?;
+    let command = command::Command::SetPayloadIndex { field, index };
+    let (_, position) = write_all(cluster, &found, &command, context).await?;
     Ok(envelope(json!({"operation_id": 0, "status": "completed"}), started, &position))
 }
 

@@ -5,7 +5,6 @@ use std::time::Instant;
 use axum::body::Bytes;
 use axum::extract::{Path, State};
 use axum::response::Response;
-use futures::future::try_join_all;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use shoal_engine::command::{Answer, Command, Hit, PayloadMode, Point, Read, Select, Target};
@@ -192,23 +191,7 @@ async fn get(
     let cluster = &app.running()?.cluster;
     let found = Found::find(cluster, name).await?;
     let options = context.read_options();
-    let reads = found.by_shard(ids).into_iter().map(|(shard, ids)| {
-        let question = Read::Get { ids, payload: payload.clone(), vectors: vectors.clone() };
-        let options = &options;
-        async move {
-            cluster
-                .read_hedged(shard, question, options)
-                .await
-                .map(|(answer, applied)| (shard, answer, applied))
-        }
-    });
-    let (mut hits, mut position) = (Vec::new(), Position::default());
-    for (shard, answer, applied) in try_join_all(reads).await? {
-        position.advance(shard.into(), applied);
-        if let Answer::Points(found) = answer {
-            hits.extend(found);
-        }
-    }
+    let (mut hits, position) = cluster.read_points(&found.name, ids, (&payload, &vectors), &options).await?;
     // In the order that was asked for.
     let order: std::collections::HashMap<PointId, usize> =
         ids.iter().enumerate().map(|(at, id)| (*id, at)).collect();

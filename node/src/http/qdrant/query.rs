@@ -270,6 +270,14 @@ fn fusion(query: Option<&Value>) -> Result<Option<()>, Error> {
     }
 }
 
+/// One list that is wanted.
+struct Wish {
+    leg: Leg,
+    higher_is_nearer: bool,
+    /// The point whose neighbours are looked for: it is none of them itself.
+    without: Option<PointId>,
+}
+
 struct Plan<'a> {
     cluster: &'a Cluster,
     found: &'a Found,
@@ -284,15 +292,8 @@ impl Plan<'_> {
         let Some(query) = request.query.as_ref().filter(|query| !query.is_null()) else {
             return self.unscored(filter, wanted).await;
         };
-        let (leg, higher) = self.leg(query, request, "query").await?;
-        let score_threshold = request.score_threshold;
-        self.legs(vec![leg], &[higher], filter, wanted, score_threshold).await.map(
-            |(mut lists, shards, position)| Ranked {
-                hits: lists.pop().unwrap_or_default(),
-                shards,
-                position,
-            },
-        )
+        let wish = self.wish(query, request, "query").await?;
+        self.list(wish, filter, wanted, request.score_threshold).await
     }
 
     /// Without a query, points come in the order of their ids.
@@ -330,43 +331,48 @@ impl Plan<'_> {
                 (Some(outer), Some(inner)) => Some(format!("{{\"must\":[{outer},{inner}]}}")),
                 (outer, inner) => inner.or_else(|| outer.clone()),
             };
-            let (leg, higher) = self.leg(query, prefetch, &format!("{field}.query")).await?;
-            let (found, counts, reached) =
-                self.legs(vec![leg], &[higher], filter, limit, prefetch.score_threshold).await?;
-            lists.extend(found);
-            position.merge(&reached);
-            shards = counts;
+            let wish = self.wish(query, prefetch, &format!("{field}.query")).await?;
+            let found = self.list(wish, filter, limit, prefetch.score_threshold).await?;
+            lists.push(found.hits);
+            position.merge(&found.position);
+            shards = found.shards;
         }
         Ok(Ranked { hits: search::fuse(lists, wanted, RRF_K), shards, position })
     }
 
-    async fn legs(
+    async fn list(
         &self,
-        legs: Vec<Leg>,
-        higher: &[bool],
+        wish: Wish,
         filter: Option<String>,
         limit: usize,
         score_threshold: Option<f32>,
-    ) -> Result<(Vec<Vec<Hit>>, ShardCounts, Position), Error> {
+    ) -> Result<Ranked, Error> {
         let (payload, vectors) = (self.payload.clone(), self.vectors.clone());
-        let request = Search { legs, filter, limit, score_threshold, payload, vectors };
+        // One more, in whose place the point itself comes.
+        let most = limit + usize::from(wish.without.is_some());
+        let request = Search { legs: vec![wish.leg], filter, limit: most, score_threshold, payload, vectors };
         let options = self.context.read_options();
-        search::search(
+        let (mut lists, shards, position) = search::search(
             self.cluster,
-            &self.found.shards,
+            &self.found.name,
             request,
-            higher,
+            &[wish.higher_is_nearer],
             &options,
             self.context.allow_partial,
         )
-        .await
+        .await?;
+        let mut hits = lists.pop().unwrap_or_default();
+        hits.retain(|hit| Some(hit.id) != wish.without);
+        hits.truncate(limit);
+        Ok(Ranked { hits, shards, position })
     }
 
     /// One list: by a vector, by a point's vector, or by words (`{"text": …}`, an extension).
-    async fn leg(&self, query: &Value, request: &Query, field: &str) -> Result<(Leg, bool), Error> {
+    async fn wish(&self, query: &Value, request: &Query, field: &str) -> Result<Wish, Error> {
         let query = query.get("nearest").unwrap_or(query);
         if let Some(text) = query.get("text").and_then(Value::as_str) {
-            return Ok((Leg::Text { query: text.to_owned() }, true));
+            let leg = Leg::Text { query: text.to_owned() };
+            return Ok(Wish { leg, higher_is_nearer: true, without: None });
         }
         let using = request.using.clone().unwrap_or_default();
         let params = self.found.config.vectors.get(&using).ok_or_else(|| {
@@ -392,27 +398,17 @@ impl Plan<'_> {
         if let Some(ef) = given.hnsw_ef.filter(|ef| !(1..=MAX_EF).contains(ef)) {
             return Err(Error::invalid("params.hnsw_ef", format!("{ef} is not between 1 and {MAX_EF}")));
         }
-        let higher = params.distance.higher_is_nearer();
-        // The point itself is left out of its own neighbours by the shard that owns it; the
-        // other shards do not have it.
-        match near.filter(|_| self.found.shards.len() == 1) {
-            Some(id) => Ok((Leg::Near { using, id }, higher)),
-            None => Ok((
-                Leg::Dense { using, vector, exact: given.exact.unwrap_or(false), ef: given.hnsw_ef },
-                higher,
-            )),
-        }
+        let higher_is_nearer = params.distance.higher_is_nearer();
+        let leg = Leg::Dense { using, vector, exact: given.exact.unwrap_or(false), ef: given.hnsw_ef };
+        Ok(Wish { leg, higher_is_nearer, without: near })
     }
 
     async fn vector_of(&self, id: PointId, using: &str) -> Result<Vec<f32>, Error> {
         let vectors = Select::Include(vec![using.to_owned()]);
-        let question = shoal_engine::command::Read::Get { ids: vec![id], payload: Select::Nothing, vectors };
-        let shard = self.found.shard_of(id);
-        let (answer, _) = self.cluster.read_hedged(shard, question, &self.context.read_options()).await?;
-        let hit = match answer {
-            shoal_engine::command::Answer::Points(hits) => hits.into_iter().next(),
-            _ => None,
-        };
+        let wanted = (&Select::Nothing, &vectors);
+        let options = self.context.read_options();
+        let (hits, _) = self.cluster.read_points(&self.found.name, &[id], wanted, &options).await?;
+        let hit = hits.into_iter().next();
         let hit = hit.ok_or_else(|| Error::not_found(format!("Not found: No point with id {id} found")))?;
         let vector = hit.vectors.and_then(|vectors| vectors.into_iter().next());
         vector

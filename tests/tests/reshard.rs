@@ -1,0 +1,244 @@
+//! Shards that are split and merged while they are used: nothing is lost, nothing is there twice, nothing
+//! fails for a client that tries again, and a request that is repeated afterwards is recognised.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use shoal_tests::binary::shoal;
+use shoal_tests::documents::upload;
+use shoal_tests::{
+    Client, Cluster, Freshness, KEY, Points, Request, Searcher, Store, Writers, models, point, say, skip,
+    wait_until,
+};
+
+/// How long a change of shards may take.
+const RESHARD_DEADLINE: Duration = Duration::from_secs(120);
+/// How long documents may take.
+const DOCUMENTS_DEADLINE: Duration = Duration::from_secs(240);
+/// Points that are there before anything is split: enough for graphs.
+const POINTS: u64 = 6_000;
+/// Points in one request.
+const BATCH: u64 = 500;
+/// Their ids, beyond what the writers write.
+const FIRST: u64 = 1 << 40;
+/// Points that are searched for.
+const NEEDLES: u64 = 20;
+/// The longest time in which no writer has an acknowledgement while shards are changed.
+const GAP_LIMIT: Duration = Duration::from_secs(2);
+
+/// The ranges of a collection's shards, as first routes.
+async fn firsts(cluster: &Cluster, collection: &str) -> Result<Vec<u64>> {
+    let report = cluster.any().json(&Request::get("/admin/cluster/report")).await?;
+    let shards = report["shards"].as_array().context("no shards")?.iter();
+    let of =
+        shards.filter(|shard| shard["collection"] == json!(collection) && shard["is_in_use"] == json!(true));
+    let mut firsts: Vec<u64> = of.filter_map(|shard| shard["first"].as_u64()).collect();
+    firsts.sort_unstable();
+    Ok(firsts)
+}
+
+/// Waits until no shards are being changed and the collection has so many.
+async fn changed(cluster: &Cluster, client: &Client, collection: &str, count: usize) -> Result<Vec<u64>> {
+    wait_until(RESHARD_DEADLINE, "the shards to be changed", || async {
+        let report = client.json(&Request::get("/admin/cluster/report")).await?;
+        let under_way = report["resharding"].as_array().context("no resharding")?;
+        ensure!(under_way.is_empty(), "{under_way:?}");
+        Ok(Some(()))
+    })
+    .await?;
+    let shards = cluster.shards(collection).await?;
+    ensure!(shards.len() == count, "{collection} has the shards {shards:?}, not {count}");
+    Ok(shards)
+}
+
+/// Runs `shoal cluster …` against a node until it ends well.
+async fn order(cluster: &Cluster, arguments: &[&str]) -> Result<String> {
+    let mut command = shoal("cluster")?;
+    command.args(arguments).args(["--url", &format!("http://{}", cluster.node(0).http_address())]);
+    command.args(["--api-key", KEY]);
+    let running = tokio::process::Command::from(command).kill_on_drop(true).output();
+    let output = tokio::time::timeout(RESHARD_DEADLINE, running).await.context("it does not end")??;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "shoal cluster {arguments:?}: {complaint}");
+    Ok(said.trim_end().to_owned())
+}
+
+/// Writes the same points again and again, all in one request, until it is told to stop: every write must be
+/// there as a whole. Returns the number of the last one.
+async fn write_together(client: Client, stop: Arc<AtomicBool>) -> Result<u64> {
+    let client = client.with_limits(RESHARD_DEADLINE, Duration::from_secs(3));
+    for turn in 1.. {
+        let points: Vec<Value> = together().map(|id| point(id, json!({"turn": turn}))).collect();
+        Points::of(&client, "c").upsert(&points).await?;
+        if turn % 10 == 0 {
+            let found = Points::of(&client, "c").get(&together().collect::<Vec<_>>()).await?;
+            for (id, payload) in &found {
+                ensure!(payload["turn"] == json!(turn), "point {id} is at {payload} after turn {turn}");
+            }
+        }
+        if stop.load(Ordering::Acquire) {
+            return Ok(turn);
+        }
+    }
+    Ok(0)
+}
+
+fn together() -> impl Iterator<Item = u64> {
+    FIRST + 2 * POINTS..FIRST + 2 * POINTS + 40
+}
+
+fn known(ids: impl Iterator<Item = u64>) -> Vec<(u64, Value)> {
+    ids.map(|id| (id, json!({"known": id}))).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn shards_are_split_and_merged_under_load() -> Result<()> {
+    let mut cluster = Cluster::of(3).start().await?;
+    let any = cluster.any();
+    let points = Points::of(&any, "c");
+    points.create(1, 3).await?;
+    let before = known(FIRST..FIRST + POINTS);
+    for some in before.chunks(BATCH as usize) {
+        points
+            .upsert(&some.iter().map(|(id, payload)| point(*id, payload.clone())).collect::<Vec<_>>())
+            .await?;
+    }
+    cluster.settled().await?;
+    let writers = Writers::start(&cluster, "c", 4);
+    let searcher = Searcher::start(&any, "c", (FIRST..FIRST + NEEDLES).collect());
+    let stop = Arc::new(AtomicBool::new(false));
+    let batches = tokio::spawn(write_together(any.clone(), stop.clone()));
+    writers.progress(200).await?;
+
+    // A request whose answer was lost, and which somebody else has overwritten since.
+    let lost = FIRST + POINTS;
+    let request = points.upsert_request(&[point(lost, json!({"by": "the first"}))]);
+    let request = request.header("Idempotency-Key", "an answer that was lost");
+    any.succeed(&request).await?;
+    points.upsert(&[point(lost, json!({"by": "the second"}))]).await?;
+
+    let began = Instant::now();
+    let shards = cluster.shards("c").await?;
+    say(order(&cluster, &["split", &shards[0].to_string()]).await?);
+    let shards = changed(&cluster, &any, "c", 2).await?;
+    ensure!(firsts(&cluster, "c").await? == [0, 1 << 31], "they have halves");
+    any.succeed(&request).await?;
+    let found = points.get(&[lost]).await?;
+    ensure!(found[&lost]["by"] == json!("the second"), "a repeated request was done again: {found:?}");
+
+    // The node that drives it dies in the middle: another one begins it anew.
+    any.succeed(&Request::post(format!("/admin/shards/{}/split", shards[1]), &json!({"into": 3}))).await?;
+    let driver = cluster.leader(0).await?;
+    cluster.node_mut(driver).kill()?;
+    let others = cluster.any_but(&[driver]);
+    wait_until(RESHARD_DEADLINE, "the split to end without its driver", || async {
+        let report = others.json(&Request::get("/admin/cluster/report")).await?;
+        ensure!(report["resharding"] == json!([]), "{}", report["resharding"]);
+        Ok(Some(()))
+    })
+    .await?;
+    cluster.restart(driver).await?;
+    cluster.settled().await?;
+    let shards = changed(&cluster, &any, "c", 4).await?;
+
+    say(order(&cluster, &["merge", &shards[1].to_string(), &shards[2].to_string()]).await?);
+    let shards = changed(&cluster, &any, "c", 3).await?;
+    writers.progress(200).await?;
+
+    // One that is given up changes nothing, and the shard that was frozen for it, if it was, goes on.
+    let split = Request::post(format!("/admin/shards/{}/split", shards[0]), &json!({}));
+    ensure!(any.send(&split).await?.status == 202, "it begins");
+    let aborted = any.send(&Request::delete("/admin/collections/c/reshard")).await?;
+    ensure!([200, 404].contains(&aborted.status), "{}", aborted.text());
+    writers.progress(200).await?;
+    let now = cluster.shards("c").await?.len();
+    ensure!(now == if aborted.status == 200 { 3 } else { 4 }, "there are {now} shards");
+    let span = began.elapsed();
+    stop.store(true, Ordering::Release);
+    let turn = batches.await??;
+    let written = writers.stop().await?;
+    let searched = searcher.stop().await?;
+    written.report("split and merged");
+    let times = searched.times(began, Instant::now()).map(|times| times.map(|time| time.as_millis()));
+    say(format!("searches p50, p99, max in ms over {:.1} s: {times:?}", span.as_secs_f64()));
+
+    cluster.converged().await?;
+    let mut expected = written.points.clone();
+    expected.extend(before);
+    expected.insert(lost, json!({"by": "the second"}));
+    expected.extend(together().map(|id| (id, json!({"turn": turn}))));
+    for at in 0..3 {
+        for freshness in [Freshness::Linearizable, Freshness::Eventual] {
+            shoal_tests::writers::verify(&expected, &Points::of(cluster.client(at), "c").at(freshness))
+                .await?;
+        }
+    }
+    let gap = written.gap_of_all;
+    ensure!(gap < GAP_LIMIT, "for {gap:?} nothing was acknowledged");
+    cluster.kill_all()?;
+    cluster.start_all().await?;
+    shoal_tests::writers::verify(&expected, &Points::of(&cluster.any(), "c")).await?;
+    refusals(&cluster).await?;
+    cluster.finish()
+}
+
+/// What makes no sense is refused, and says why.
+async fn refusals(cluster: &Cluster) -> Result<()> {
+    let any = cluster.any();
+    Points::of(&any, "d").create(3, 1).await?;
+    let shards = cluster.shards("d").await?;
+    let path = |shard: u64, what: &str| format!("/admin/shards/{shard}/{what}");
+    for (request, status, words) in [
+        (Request::post(path(9999, "split"), &json!({})), 404, "shard 9999 does not exist"),
+        (Request::post(path(shards[0], "split"), &json!({"into": 1})), 400, "cannot be split into 1"),
+        (Request::post(path(shards[0], "split"), &json!({"into": 256})), 409, "is the most"),
+        (Request::post(path(shards[0], "merge"), &json!({"with": shards[2]})), 409, "not neighbours"),
+        (Request::delete("/admin/collections/d/reshard"), 404, "not being changed"),
+    ] {
+        let reply = any.send(&request).await?;
+        ensure!(reply.status == status, "{request}: {} {}", reply.status, reply.text());
+        ensure!(reply.text().contains(words), "{request}: {}", reply.text());
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn documents_go_on_while_their_shard_is_split() -> Result<()> {
+    if models().is_none() {
+        skip("documents_go_on_while_their_shard_is_split", "there are no models");
+        return Ok(());
+    }
+    let cluster = Cluster::of(3).start().await?;
+    let any = cluster.any();
+    let store = Store::create(&any, "split").await?;
+    cluster.settled().await?;
+    let mut files = Vec::new();
+    for number in 0..40 {
+        let text = format!("The heron of Lisbon guards ledger {number}. ").repeat(30);
+        let file = upload(&any, &format!("{number}.txt"), text.as_bytes(), None).await?;
+        store.attach(&any, &file, json!({"attributes": {"number": number}})).await?;
+        files.push(file);
+    }
+    // All of them at once would only be one change after the other.
+    let count = cluster.shards(&store.id).await?.len();
+    let shard = cluster.shards(&store.id).await?[0];
+    say(order(&cluster, &["split", &shard.to_string(), "--into", "3"]).await?);
+    say(format!("{} of 40 documents are completed after the split", store.count(&any, "completed").await?));
+    store.completed(&any, &files, DOCUMENTS_DEADLINE).await?;
+    changed(&cluster, &any, &store.id, count + 2).await?;
+    cluster.settled().await?;
+    let chunks = store.chunks(&any, Freshness::Linearizable).await?;
+    ensure!(chunks.len() == files.len(), "{} of {} documents have chunks", chunks.len(), files.len());
+    for (file, chunks) in &chunks {
+        let numbers: Vec<u64> = chunks.iter().map(|chunk| chunk.index).collect();
+        ensure!(numbers == (0..chunks.len() as u64).collect::<Vec<_>>(), "{file} has the chunks {numbers:?}");
+    }
+    let shard = cluster.shards("_files").await?[0];
+    let refused = any.send(&Request::post(format!("/admin/shards/{shard}/split"), &json!({}))).await?;
+    ensure!(refused.status == 409 && refused.text().contains("bytes of files"), "{}", refused.text());
+    cluster.finish()
+}
