@@ -1,5 +1,7 @@
 //! Operators: health, metrics, the state of the cluster, the log level.
 
+use std::time::Duration;
+
 use axum::Json;
 use axum::body::Bytes;
 use axum::extract::State;
@@ -21,6 +23,8 @@ use crate::http::operate::drain_name;
 
 /// The level of Qdrant's REST API that is served: its clients compare it with their own.
 const QDRANT_API_VERSION: &str = "1.20.0";
+/// A replica that was in touch with its leader, and had everything, within this time can serve.
+const READY_STALENESS: Duration = Duration::from_secs(10);
 
 pub(super) fn routes() -> OpenApiRouter<App> {
     OpenApiRouter::new()
@@ -85,16 +89,20 @@ fn reasons(cluster: &Cluster) -> Vec<String> {
     if !state.nodes.contains_key(&cluster.node()) {
         reasons.push("the cluster's state has not reached this node".to_owned());
     }
-    let leaderless = |group: &Group| group.leader().is_none();
+    // After a start a replica knows who led it before, and not whether that node is there.
+    let is_current = |group: &Group| group.staleness().is_some_and(|age| age < READY_STALENESS);
+    let leaderless = |group: &Group| group.leader().is_none() || !is_current(group);
     match cluster.groups().get(GroupId::CONTROL) {
         Ok(control) if !leaderless(&control) => {}
-        _ => reasons.push("the control group has no leader".to_owned()),
+        _ => reasons.push("the control group has no leader that is heard".to_owned()),
     }
     let mine = state.shards.iter().filter(|(_, shard)| shard.replicas.contains(&cluster.node()));
-    for (id, _) in mine {
+    for (id, _) in mine.filter(|(id, _)| state.is_in_use(**id)) {
         match cluster.local_shard(*id) {
             None => reasons.push(format!("shard {id} is not open yet")),
-            Some(local) if leaderless(&local.group) => reasons.push(format!("shard {id} has no leader")),
+            Some(local) if leaderless(&local.group) => {
+                reasons.push(format!("shard {id} has no leader that is heard, or is far behind it"))
+            }
             Some(_) => {}
         }
     }
