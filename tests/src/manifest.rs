@@ -13,9 +13,9 @@ use serde::de::DeserializeOwned;
 
 /// Kubernetes' pauses (minReadySeconds, preStop, the periods of probes) are so many times shorter here than the
 /// manifest says, so that a test takes minutes less. The node is not made faster: the time it has to answer a
-/// probe and to end is the manifest's. So a test is stricter than Kubernetes and never more patient. A larger
-/// number would bring two readiness probes closer together than the 0.8 s of an election, and pods would be
-/// taken out of service that Kubernetes would leave in it.
+/// probe and to end is the manifest's. Towards the node a test is stricter than Kubernetes; clients are spared a
+/// pod that is not ready sooner than there. A larger number would bring two readiness probes closer together
+/// than the 0.8 s of an election, and pods would be taken out of service that Kubernetes would leave in it.
 pub const PACE: u32 = 5;
 
 /// A pause of Kubernetes as it is simulated.
