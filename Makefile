@@ -16,7 +16,6 @@ run: build model
 test: setup chaos-tools model build
 	cargo test --release --workspace
 	$(MAKE) chaos-ci
-	$(MAKE) chaos-planted
 	python3 tests/deploy/check_metrics.py --self-test
 	$(MAKE) manifests
 	tests/deploy/compose_test.sh $(TARGET)/release/shoal
