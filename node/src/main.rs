@@ -28,6 +28,7 @@ fn main() -> ExitCode {
     unsafe {
         shoal_actors::embed::use_one_candle_thread();
     }
+    tell_of_panics_in_the_log_briefly();
     rustls::crypto::ring::default_provider().install_default().expect("no provider is installed before main");
     match cli::run(cli::Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,
@@ -36,4 +37,18 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// The thread that writes the log.
+const LOG_THREAD: &str = "raft-log";
+
+/// A failed sync is a panic in the log's writer, which then ends the process. A backtrace of a binary of this
+/// size takes seconds, and was seen to take more than half a minute, in which the node would go on as if it
+/// could keep a promise.
+fn tell_of_panics_in_the_log_briefly() {
+    let as_usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| match std::thread::current().name() {
+        Some(LOG_THREAD) => eprintln!("thread '{LOG_THREAD}' {panic}"),
+        _ => as_usual(panic),
+    }));
 }
