@@ -3,38 +3,44 @@
 use std::collections::BTreeMap;
 
 use shoal_engine::command::Point;
-use shoal_proto::{PointId, ShardId};
+use shoal_proto::ShardId;
 
 use crate::limits::{MAX_ENTRY_BYTES, MAX_POINTS_PER_ENTRY};
 
 /// What a point takes in an entry besides its payload and vectors, in bytes, about.
 const POINT_BYTES: usize = 64;
 
-/// The points that go to each shard, in their order.
-pub fn by_shard(points: Vec<Point>, shard_of: impl Fn(PointId) -> ShardId) -> BTreeMap<ShardId, Vec<Point>> {
-    let mut split: BTreeMap<ShardId, Vec<Point>> = BTreeMap::new();
-    for point in points {
-        split.entry(shard_of(point.id)).or_default().push(point);
+/// What goes to each shard, in its order.
+pub fn by_shard<T>(items: Vec<T>, shard_of: impl Fn(&T) -> ShardId) -> BTreeMap<ShardId, Vec<T>> {
+    let mut split: BTreeMap<ShardId, Vec<T>> = BTreeMap::new();
+    for item in items {
+        split.entry(shard_of(&item)).or_default().push(item);
     }
     split
 }
 
 /// Cuts points into entries of at most [`MAX_POINTS_PER_ENTRY`] points and about [`MAX_ENTRY_BYTES`].
 pub fn entries(points: Vec<Point>) -> Vec<Vec<Point>> {
-    let mut entries: Vec<Vec<Point>> = Vec::new();
+    bounded(points, MAX_POINTS_PER_ENTRY, |point| {
+        let vectors = point.vectors.iter().map(|(_, vector)| vector.len() * 4);
+        POINT_BYTES + point.payload.len() + vectors.sum::<usize>()
+    })
+}
+
+/// Cuts items into entries of at most so many, and about [`MAX_ENTRY_BYTES`]. One that is larger goes alone.
+pub fn bounded<T>(items: Vec<T>, most: usize, bytes_of: impl Fn(&T) -> usize) -> Vec<Vec<T>> {
+    let mut entries: Vec<Vec<T>> = Vec::new();
     let mut bytes = 0;
-    for point in points {
-        let size = POINT_BYTES
-            + point.payload.len()
-            + point.vectors.iter().map(|(_, vector)| vector.len() * 4).sum::<usize>();
+    for item in items {
+        let size = bytes_of(&item);
         match entries.last_mut() {
-            Some(entry) if entry.len() < MAX_POINTS_PER_ENTRY && bytes + size <= MAX_ENTRY_BYTES => {
+            Some(entry) if entry.len() < most && bytes + size <= MAX_ENTRY_BYTES => {
                 bytes += size;
-                entry.push(point);
+                entry.push(item);
             }
             _ => {
                 bytes = size;
-                entries.push(vec![point]);
+                entries.push(vec![item]);
             }
         }
     }
@@ -43,6 +49,8 @@ pub fn entries(points: Vec<Point>) -> Vec<Vec<Point>> {
 
 #[cfg(test)]
 mod tests {
+    use shoal_proto::PointId;
+
     use super::*;
 
     fn point(number: u64, bytes: usize) -> Point {

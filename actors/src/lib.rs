@@ -50,6 +50,7 @@ mod replica;
 pub mod reshard;
 pub mod root;
 pub mod routing;
+mod scratch;
 pub mod search;
 pub mod service;
 mod shards;

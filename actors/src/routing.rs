@@ -5,7 +5,6 @@
 //! cut by those that it has: a write that is repeated after a split is then cut the same way, and each part
 //! carries the request id under which the shards before may have applied it.
 
-use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use futures::future::try_join_all;
@@ -14,11 +13,13 @@ use shoal_proto::{Error, ErrorCode, PointId, Position, RequestId, Route, ShardId
 use shoal_raft::cluster::{ClusterState, Collection, Origin};
 
 use crate::cluster::{Cluster, ReadOptions};
-use crate::entries::entries;
+use crate::entries::{by_shard, entries};
 
 /// How long a newer shard map is waited for before the present one is tried again: a shard may be frozen
 /// for a moment, and then go on.
 const STALE_PAUSE: Duration = Duration::from_millis(50);
+/// The pause before a shard that is busy is written to again.
+const BUSY_PAUSE: Duration = Duration::from_millis(50);
 
 /// A range of routes, both ends included.
 pub type Range = (Route, Route);
@@ -104,6 +105,27 @@ fn owners(state: &ClusterState, collection: &Collection, range: Range) -> Vec<(S
 }
 
 impl Cluster {
+    /// As [`Cluster::write`], and again while the shard has too much to do.
+    ///
+    /// # Errors
+    /// As [`Cluster::write`]; busy when that does not end before the deadline.
+    pub(crate) async fn write_when_free(
+        &self,
+        shard: ShardId,
+        request_id: Option<RequestId>,
+        command: &Command,
+        deadline: Instant,
+    ) -> Result<(Outcome, u64), Error> {
+        loop {
+            match self.write(shard, request_id, command, deadline).await {
+                Err(error) if error.code == ErrorCode::Busy && Instant::now() < deadline => {
+                    tokio::time::sleep(BUSY_PAUSE).await;
+                }
+                written => return written,
+            }
+        }
+    }
+
     /// Waits a moment for a newer shard map than that of a version. False once the deadline has passed.
     pub async fn wait_newer(&self, version: u64, deadline: Instant) -> bool {
         let until = deadline.min(Instant::now() + STALE_PAUSE);
@@ -175,10 +197,7 @@ impl Cluster {
         loop {
             let state = self.map_for(options).await?;
             let known = state.collection(collection)?.1;
-            let mut split: BTreeMap<ShardId, Vec<PointId>> = BTreeMap::new();
-            for id in ids {
-                split.entry(state.shard_of_point(known, *id)).or_default().push(*id);
-            }
+            let split = by_shard(ids.to_vec(), |id| state.shard_of_point(known, *id));
             let reads = split.into_iter().map(|(shard, ids)| async move {
                 let question = Read::Get { ids, payload: payload.clone(), vectors: vectors.clone() };
                 let (answer, applied) = self.read_hedged(shard, question, options).await?;

@@ -10,7 +10,7 @@ use std::path::Path;
 
 use shoal_proto::{BlobHash, CollectionConfig, DocumentId, FieldType, RequestId, codec};
 
-use crate::command::{Document, DocumentState, FileRecord, Outcome, Point, StagedChunk};
+use crate::command::{Answered, Document, DocumentState, FileRecord, Outcome, Point, StagedChunk};
 use crate::error::{Error, Result};
 use crate::frames::Frames;
 use crate::keys;
@@ -282,17 +282,17 @@ impl Archive {
         Ok(staged)
     }
 
-    /// The answers that it remembers, oldest first. Without those that are partial: what was done of such a
-    /// request cannot be told any more, and doing it again is better than leaving some of it out.
+    /// The answers that it remembers, oldest first.
     ///
     /// # Errors
     /// Damaged, when a record is.
-    pub fn answers(&self) -> Result<Vec<(RequestId, Outcome)>> {
-        let partial = self.store.scan(&[keys::PARTIAL]).map(|item| Ok(item?.0[1..].to_vec()));
-        let partial: BTreeSet<Vec<u8>> = partial.collect::<Result<_>>()?;
-        let mut answers: Vec<(RequestId, Outcome)> = self.records(keys::REQUEST)?;
-        answers.retain(|(id, _)| !partial.contains(&id.0[..]));
-        Ok(answers)
+    pub fn answers(&self) -> Result<Vec<Answered>> {
+        let answers: Vec<(RequestId, Outcome)> = self.records(keys::REQUEST)?;
+        let answered = |(id, outcome)| {
+            let ranges = read_meta(&self.store, &keys::partial(id))?;
+            Ok(Answered { id, outcome, ranges })
+        };
+        answers.into_iter().map(answered).collect()
     }
 
     /// The change of shards that had frozen it.

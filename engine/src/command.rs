@@ -200,6 +200,8 @@ pub struct Seed {
     pub by: RequestId,
     /// The other shard.
     pub from: ShardId,
+    /// The first and the last route of the range of the shard that takes it in.
+    pub range: (Route, Route),
     /// All shards that something comes from, with the first and the last route of each.
     pub parents: Vec<(ShardId, Route, Route)>,
     /// No version of anything in the other shard was higher then.
@@ -211,10 +213,21 @@ pub struct Seed {
     /// Chunks that are not visible yet.
     pub staged: Vec<StagedChunk>,
     /// Answers to requests, oldest first.
-    pub answers: Vec<(RequestId, Outcome)>,
+    pub answers: Vec<Answered>,
     /// The payload indexes, if this part of the seed has them: those of one of the shards, since the logs of
     /// all of them end with the same.
     pub indexes: Option<BTreeMap<String, FieldType>>,
+}
+
+/// An answer that is remembered.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Answered {
+    /// The request.
+    pub id: RequestId,
+    /// Its answer.
+    pub outcome: Outcome,
+    /// The ranges in which it was done, when it was not in all of the shard's.
+    pub ranges: Option<Vec<(Route, Route)>>,
 }
 
 /// A chunk of a version that is not visible yet.

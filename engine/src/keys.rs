@@ -4,7 +4,7 @@
 //! I <point id>            slot of a point          F <file id>        file record
 //! P <slot>                id, version, payload     D <document id>    document record
 //! V <slot> <vector name>  f32 vector               S <document id> <version> <chunk>  staged chunk
-//! R <sequence>            an answered request      Q <request id>     of which shards' it is an answer
+//! R <sequence>            an answered request      Q <request id>     where it was done, if not everywhere
 //!                                                M <name>           tag, next slot, indexes, and
 //!                                                what becomes of the shard ([`crate::reshard`])
 //! ```

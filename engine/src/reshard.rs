@@ -12,11 +12,11 @@
 //! included. What is numbered by log index must go on growing: a shard's indexes are counted from a `base`
 //! that is raised above all that was taken over.
 //!
-//! Where shards are merged, a request may have been answered by some of them and not by others: its client
-//! is still trying. Then its answer is *partial*, and when the request comes again, what the others had to do
-//! is done.
+//! Where shards are merged, a request may have been done by some of them and not by others: its client is still
+//! trying. Its answer is *partial*: it goes with the ranges in which the request was done, and when it comes
+//! again, it is done in the others.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use shoal_proto::{Error, ErrorCode, RequestId, Route, ShardId, codec};
@@ -32,19 +32,37 @@ use crate::store::Batch;
 pub(crate) struct Adoption {
     /// The change of shards that it is part of.
     by: RequestId,
+    /// The shard's own range.
+    range: Range,
     /// The old shards, with the first and the last route of each.
-    parents: BTreeMap<ShardId, (Route, Route)>,
+    parents: BTreeMap<ShardId, Range>,
     /// The last index of each old shard's log that was replayed.
     replayed: BTreeMap<ShardId, u64>,
     /// Whether it is over.
     is_done: bool,
 }
 
-impl Adoption {
-    /// Whether an answer of these old shards is the whole answer.
-    fn is_whole(&self, answered: &BTreeSet<ShardId>) -> bool {
-        self.parents.keys().all(|parent| answered.contains(parent))
+/// The first and the last route of a range.
+pub(crate) type Range = (Route, Route);
+
+/// What is in a range and in none of some others.
+fn gaps(range: Range, done: &[Range]) -> Vec<Range> {
+    let mut done: Vec<Range> = done.to_vec();
+    done.sort_unstable();
+    let mut gaps = Vec::new();
+    let mut next = Some(range.0);
+    for (first, last) in done {
+        let Some(from) = next.filter(|from| *from <= range.1) else { break };
+        if first > from {
+            gaps.push((from, Route(first.0 - 1).min(range.1)));
+        }
+        // The end of all routes has nothing behind it.
+        next = last.0.checked_add(1).map(|after| Route(after).max(from));
     }
+    if let Some(from) = next.filter(|from| *from <= range.1) {
+        gaps.push((from, range.1));
+    }
+    gaps
 }
 
 /// Which commands in a shard's log it has refused because it was frozen: whoever replays the log leaves them
@@ -112,10 +130,14 @@ impl State {
         Outcome::Done(0)
     }
 
-    /// How many answered requests are remembered: of a shard that was merged as many as of each before.
+    /// How many answered requests are remembered: of a shard that was merged as many as of each before. While
+    /// it takes over, all that come: those of the shards before do not come in the order of their age.
     pub(crate) fn most_remembered(&self) -> usize {
-        let parents = self.adoption.as_ref().map_or(1, |adoption| adoption.parents.len().max(1));
-        REMEMBERED_REQUESTS * parents
+        match &self.adoption {
+            Some(adoption) if !adoption.is_done => usize::MAX,
+            Some(adoption) => REMEMBERED_REQUESTS * adoption.parents.len().max(1),
+            None => REMEMBERED_REQUESTS,
+        }
     }
 
     /// Whether a change of shards may still bring something.
@@ -134,30 +156,40 @@ impl State {
         self.base = self.base.max((version + 1).saturating_sub(index));
     }
 
-    /// Notes that an old shard has answered a request, of which others may have answered their parts.
-    fn note_answer(&mut self, batch: &mut Batch, id: RequestId, from: ShardId) {
-        let mut answered = self.partial.remove(&id).unwrap_or_default();
-        answered.insert(from);
-        if self.adoption.as_ref().is_none_or(|adoption| adoption.is_whole(&answered)) {
+    /// Notes in which ranges a request was done, besides those that are known.
+    fn note_done(&mut self, batch: &mut Batch, id: RequestId, ranges: &[Range]) {
+        let mut done = self.partial.remove(&id).unwrap_or_default();
+        done.extend(ranges.iter().filter(|range| !done.contains(range)).copied().collect::<Vec<_>>());
+        if self.adoption.as_ref().is_none_or(|adoption| gaps(adoption.range, &done).is_empty()) {
             batch.remove(keys::partial(id));
         } else {
-            batch.put(keys::partial(id), codec::encode(&answered));
-            self.partial.insert(id, answered);
+            batch.put(keys::partial(id), codec::encode(&done));
+            self.partial.insert(id, done);
         }
     }
 
-    /// What of a request that is remembered is still to be done: the parts of those old shards that have not
-    /// answered it.
+    /// The range of an old shard.
+    fn range_of(&self, from: ShardId) -> Option<Range> {
+        self.adoption.as_ref()?.parents.get(&from).copied()
+    }
+
+    /// What of a request that is remembered is still to be done.
     pub(crate) fn left_of(&self, id: RequestId, command: &Command) -> Vec<Command> {
-        let (Some(answered), Some(adoption)) = (self.partial.get(&id), &self.adoption) else {
-            return Vec::new();
-        };
+        match &self.adoption {
+            Some(adoption) => self.left_within(id, command, adoption.range),
+            None => Vec::new(),
+        }
+    }
+
+    /// The same, in a range.
+    fn left_within(&self, id: RequestId, command: &Command, range: Range) -> Vec<Command> {
+        let Some(done) = self.partial.get(&id) else { return Vec::new() };
         if matches!(command, Command::SetPayloadIndex { .. }) {
-            // The shard has one index, whichever of them has told of it.
+            // The shard has one index, wherever it was told of it.
             return Vec::new();
         }
-        let left = adoption.parents.iter().filter(|(parent, _)| !answered.contains(parent));
-        left.filter_map(|(_, (first, last))| command.clone().within(*first, *last)).collect()
+        let left = gaps(range, done).into_iter();
+        left.filter_map(|(first, last)| command.clone().within(first, last)).collect()
     }
 
     /// A request was done as a whole.
@@ -173,7 +205,8 @@ impl State {
             let parents =
                 seed.parents.iter().map(|(parent, first, last)| (*parent, (*first, *last))).collect();
             let replayed = BTreeMap::new();
-            self.adoption = Some(Adoption { by: seed.by, parents, replayed, is_done: false });
+            let (by, range) = (seed.by, seed.range);
+            self.adoption = Some(Adoption { by, range, parents, replayed, is_done: false });
         }
         // Once its log is replayed, a seed that comes late would bring back what is gone.
         let is_late = self.adoption.as_ref().is_some_and(|known| known.replayed.contains_key(&seed.from));
@@ -193,15 +226,16 @@ impl State {
             let key = keys::staged(staged.document, Some(staged.version), Some(staged.chunk));
             change.batch.put(key, codec::encode(&staged.point));
         }
-        for (id, outcome) in &seed.answers {
-            if !self.has_answered(*id) {
-                self.remember(change.batch, self.base + index, *id, outcome);
+        let all_of_it: Vec<Range> = self.range_of(seed.from).into_iter().collect();
+        for answer in &seed.answers {
+            if !self.has_answered(answer.id) {
+                self.remember(change.batch, self.base + index, answer.id, &answer.outcome);
                 self.base += 1;
-            } else if !self.partial.contains_key(id) {
+            } else if !self.partial.contains_key(&answer.id) {
                 // It is whole: this seed has come before.
                 continue;
             }
-            self.note_answer(change.batch, *id, seed.from);
+            self.note_done(change.batch, answer.id, answer.ranges.as_ref().unwrap_or(&all_of_it));
         }
         if let Some(wanted) = seed.indexes {
             let gone: Vec<String> =
@@ -260,21 +294,27 @@ impl State {
         envelope: Envelope,
     ) -> Result<Vec<Effect>> {
         let index = self.base + index;
-        let is_known = envelope.request_id.is_some_and(|id| self.has_answered(id));
-        if let Some(id) = envelope.request_id.filter(|_| is_known) {
-            // Another old shard's part of it, or the same one's again.
-            if self.partial.get(&id).is_none_or(|answered| answered.contains(&from)) {
-                return Ok(Vec::new());
-            }
-        }
+        let range: Vec<Range> = self.range_of(from).into_iter().collect();
+        let known = envelope.request_id.filter(|id| self.has_answered(*id));
+        // Of what is known the old shard has done only what was not done before, and so does this one.
+        let left = match (known, range.first()) {
+            (Some(id), Some(range)) => self.left_within(id, &envelope.command, *range),
+            (Some(_), None) => Vec::new(),
+            (None, _) => vec![envelope.command],
+        };
         let mut change = Change { index, version, now: envelope.now, batch, effects: Vec::new() };
-        let outcome = self.transition(&mut change, envelope.command)?;
+        let mut outcome = Outcome::Done(0);
+        for command in left {
+            outcome = self.transition(&mut change, command)?;
+        }
         let effects = change.effects;
         if let Some(id) = envelope.request_id {
-            if !is_known {
+            if known.is_none() {
                 self.remember(batch, index, id, &outcome);
+                self.note_done(batch, id, &range);
+            } else if self.partial.contains_key(&id) {
+                self.note_done(batch, id, &range);
             }
-            self.note_answer(batch, id, from);
         }
         Ok(effects)
     }
@@ -290,5 +330,23 @@ impl State {
             Some(known) if known.by == by => Outcome::Done(0),
             _ => takes_nothing(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gaps_are_what_is_not_done() {
+        let range = |first: u32, last: u32| (Route(first), Route(last));
+        let all = range(0, u32::MAX);
+        assert_eq!(gaps(all, &[]), [all]);
+        assert_eq!(gaps(all, &[all]), []);
+        assert_eq!(gaps(all, &[range(10, 19), range(0, 4)]), [range(5, 9), range(20, u32::MAX)]);
+        assert_eq!(gaps(range(5, 30), &[range(0, 9), range(8, 12), range(20, 99)]), [range(13, 19)]);
+        assert_eq!(gaps(range(5, 30), &[range(31, 40)]), [range(5, 30)]);
+        assert_eq!(gaps(range(5, 30), &[range(12, u32::MAX)]), [range(5, 11)]);
+        assert_eq!(gaps(range(5, 30), &[range(0, u32::MAX), range(7, 9)]), []);
     }
 }

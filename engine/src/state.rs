@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use shoal_proto::planted::{Bug, is_planted};
 use shoal_proto::{
-    CollectionConfig, Distance, DocumentId, Error, FieldType, Filter, PointId, RequestId, ShardId, codec,
+    CollectionConfig, Distance, DocumentId, Error, FieldType, Filter, PointId, RequestId, codec,
 };
 
 use crate::command::{Command, Document, DocumentState, Envelope, Outcome, PayloadMode, Point, Target};
@@ -21,7 +21,7 @@ use crate::distance::normalize;
 use crate::error::{self, Result};
 use crate::keys;
 use crate::payload::FieldIndex;
-use crate::reshard::Adoption;
+use crate::reshard::{Adoption, Range};
 use crate::store::{Batch, Store};
 use crate::text::TextIndex;
 use crate::vectors::Vectors;
@@ -74,8 +74,8 @@ pub(crate) struct State {
     pub(crate) frozen: Option<RequestId>,
     /// What it takes over, or has taken over, from other shards.
     pub(crate) adoption: Option<Adoption>,
-    /// Requests that only some of the shards before have answered, with those that have.
-    pub(crate) partial: HashMap<RequestId, BTreeSet<ShardId>>,
+    /// Requests that were not done everywhere, with the ranges in which they were.
+    pub(crate) partial: HashMap<RequestId, Vec<Range>>,
     /// Indexes that were applied here, with the sum over the state then, oldest first.
     pub(crate) sums: VecDeque<(u64, u64)>,
 }
@@ -288,9 +288,12 @@ impl State {
         batch.put(keys::request(index), codec::encode(&(id, outcome)));
         self.answered.insert(id, index);
         self.order.push_back((index, id));
-        if self.order.len() > self.most_remembered()
-            && let Some((sequence, id)) = self.order.pop_front()
-        {
+        // Two at a time: a shard that has taken over others has more than it is to keep.
+        for _ in 0..2 {
+            if self.order.len() <= self.most_remembered() {
+                break;
+            }
+            let Some((sequence, id)) = self.order.pop_front() else { break };
             batch.remove(keys::request(sequence));
             self.answered.remove(&id);
             self.note_whole(batch, id);

@@ -228,6 +228,7 @@ fn seeds(
     let empty = Seed {
         by: BY,
         from: parent.id,
+        range: ALL,
         parents: parents.iter().map(|(parent, (first, last))| (*parent, *first, *last)).collect(),
         version: base + parent.index(),
         points: Vec::new(),
@@ -239,6 +240,7 @@ fn seeds(
     let mut seeds = Vec::new();
     for (at, range) in children.iter().enumerate() {
         let is_in = |route: Route| (range.0..=range.1).contains(&route);
+        let empty = Seed { range: *range, ..empty.clone() };
         let indexes = archive.indexes().expect("readable").unwrap_or_default();
         let indexes = (parents[0].0 == parent.id).then_some(indexes);
         seeds.push((at, Seed { indexes, ..empty.clone() }));
@@ -471,8 +473,17 @@ fn split_and_merged_shards_hold_what_one_would() {
         }
         let mut merged = take_over(&mut split, &halves, &[ALL], 4, &mut more, &mut coin);
         check_same(&split, &merged, &[ALL]);
-        check_repetitions(&mut merged, &[ALL], &[requests, more].concat());
+        let mut all = [requests, more].concat();
+        check_repetitions(&mut merged, &[ALL], &all);
         check_goes_on(&mut merged[0], ALL, &mut coin);
+
+        // And once more, while everything that was ever asked for is asked for again.
+        let mut again = vec![all.concat()];
+        let mut merged = [merged.remove(0)];
+        let mut parted = take_over(&mut merged, &[ALL], &halves, 5, &mut again, &mut coin);
+        check_same(&merged, &parted, &halves);
+        all.extend(again);
+        check_repetitions(&mut parted, &halves, &all);
     }
 }
 

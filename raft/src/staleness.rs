@@ -36,6 +36,11 @@ impl Heard {
         }
     }
 
+    /// When the leader was last heard.
+    fn last_at(&self) -> Option<Instant> {
+        self.0.lock().back().map(|(at, _)| *at)
+    }
+
     /// When the leader was last heard with nothing committed that is not applied here.
     fn fresh_at(&self, applied: u64) -> Option<Instant> {
         let mut heard = self.0.lock();
@@ -47,6 +52,22 @@ impl Heard {
 }
 
 impl Group {
+    /// How long ago a follower has heard its leader, or a leader a majority, however far behind it is; none
+    /// when that was not since the start.
+    pub fn silence(&self) -> Option<Duration> {
+        if self.is_leader() {
+            return self.staleness();
+        }
+        let by_word = self.heard().last_at().map(|at| at.elapsed());
+        newest(self.leaders_beat(), by_word)
+    }
+
+    /// While the group sleeps: how long ago the node that leads it was heard.
+    fn leaders_beat(&self) -> Option<Duration> {
+        let leader = self.leader().filter(|_| self.is_asleep())?;
+        self.peers().beats().heard_at(leader).map(|at| at.elapsed())
+    }
+
     /// How long ago everything was here that had been acknowledged then, about; none when that is
     /// not known.
     pub fn staleness(&self) -> Option<Duration> {
@@ -72,11 +93,7 @@ impl Group {
             return newest(by_beat, acked);
         }
         let by_word = self.heard().fresh_at(status.applied).map(|at| at.elapsed());
-        let by_beat = match (self.is_asleep(), status.leader) {
-            (true, Some(leader)) => self.peers().beats().heard_at(leader).map(|at| at.elapsed()),
-            _ => None,
-        };
-        newest(by_beat, by_word)
+        newest(self.leaders_beat(), by_word)
     }
 }
 

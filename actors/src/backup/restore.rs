@@ -1,7 +1,7 @@
 //! Putting a backup back.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -18,11 +18,10 @@ use crate::FILES_COLLECTION;
 use crate::blobs;
 use crate::cluster::ReadOptions;
 use crate::entries::{by_shard, entries};
+use crate::scratch::{Scratch, ScratchCopy};
 
 /// How long the cluster may take for one step: long enough for an election.
 const STEP_TIMEOUT: Duration = Duration::from_secs(60);
-/// The pause before a step that the cluster had no room for is tried again.
-const BUSY_PAUSE: Duration = Duration::from_millis(100);
 /// Entries on their way into shards at once.
 const WRITES_AT_ONCE: usize = 8;
 /// Bytes of points that are read at a time.
@@ -235,10 +234,11 @@ impl Restore<'_> {
             if points.is_empty() {
                 return Ok(());
             }
-            let parts =
-                by_shard(points, |id| to.shard_of(id.route())).into_iter().flat_map(|(shard, points)| {
+            let parts = by_shard(points, |point| to.shard_of(point.id.route())).into_iter().flat_map(
+                |(shard, points)| {
                     entries(points).into_iter().map(move |entry| (shard, Command::Upsert(entry)))
-                });
+                },
+            );
             let parts: Vec<_> = parts.collect();
             let writes = parts.into_iter().map(|(shard, command)| {
                 number += 1;
@@ -252,17 +252,9 @@ impl Restore<'_> {
     /// Puts a command through a shard, also when that is busy for a while.
     async fn write(&self, shard: ShardId, what: String, command: Command) -> Result<(), Error> {
         let request = RequestId::from_key(&self.scope, &what);
+        let cluster = &self.backups.inner.cluster;
         let deadline = Instant::now() + STEP_TIMEOUT;
-        loop {
-            let written = self.backups.inner.cluster.write(shard, Some(request), &command, deadline).await;
-            match written {
-                Ok(_) => return Ok(()),
-                Err(error) if error.code == ErrorCode::Busy && Instant::now() < deadline => {
-                    tokio::time::sleep(BUSY_PAUSE).await;
-                }
-                Err(error) => return Err(error),
-            }
-        }
+        cluster.write_when_free(shard, Some(request), &command, deadline).await.map(drop)
     }
 
     /// Puts files' records back with their bytes: all of them, or only these. One that is there stays.
@@ -405,24 +397,6 @@ impl Restore<'_> {
         if let Err(error) = self.control(cluster::Command::AbortRestore { restore: self.id }).await {
             tracing::warn!(%error, "what a failed restore has begun is still there, unseen, and will be ended later");
             self.backups.end_leftovers();
-        }
-    }
-}
-
-/// A shard's copy and the directory that it lies in.
-struct ScratchCopy {
-    archive: Archive,
-    // After the archive: files are deleted when nothing has them open.
-    _dir: Scratch,
-}
-
-/// A directory that is deleted when nobody needs it any more.
-struct Scratch(PathBuf);
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_dir_all(&self.0) {
-            tracing::warn!(%error, dir = %self.0.display(), "a shard on its way back could not be deleted");
         }
     }
 }

@@ -23,8 +23,8 @@ use crate::http::operate::drain_name;
 
 /// The level of Qdrant's REST API that is served: its clients compare it with their own.
 const QDRANT_API_VERSION: &str = "1.20.0";
-/// A replica that was in touch with its leader, and had everything, within this time can serve.
-const READY_STALENESS: Duration = Duration::from_secs(10);
+/// A replica that has heard its leader within this time, or a leader a majority, can serve.
+const MAX_SILENCE: Duration = Duration::from_secs(10);
 
 pub(super) fn routes() -> OpenApiRouter<App> {
     OpenApiRouter::new()
@@ -90,8 +90,8 @@ fn reasons(cluster: &Cluster) -> Vec<String> {
         reasons.push("the cluster's state has not reached this node".to_owned());
     }
     // After a start a replica knows who led it before, and not whether that node is there.
-    let is_current = |group: &Group| group.staleness().is_some_and(|age| age < READY_STALENESS);
-    let leaderless = |group: &Group| group.leader().is_none() || !is_current(group);
+    let is_heard = |group: &Group| group.silence().is_some_and(|silence| silence < MAX_SILENCE);
+    let leaderless = |group: &Group| group.leader().is_none() || !is_heard(group);
     match cluster.groups().get(GroupId::CONTROL) {
         Ok(control) if !leaderless(&control) => {}
         _ => reasons.push("the control group has no leader that is heard".to_owned()),
@@ -101,7 +101,7 @@ fn reasons(cluster: &Cluster) -> Vec<String> {
         match cluster.local_shard(*id) {
             None => reasons.push(format!("shard {id} is not open yet")),
             Some(local) if leaderless(&local.group) => {
-                reasons.push(format!("shard {id} has no leader that is heard, or is far behind it"))
+                reasons.push(format!("shard {id} has no leader that is heard"))
             }
             Some(_) => {}
         }

@@ -12,16 +12,15 @@
 //! that have the old map ask again with the new one, unseen by clients. Who has frozen a shard and is gone
 //! is found out by the shard's leader ([`thaw_if_given_up`]).
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::io::{Seek as _, SeekFrom, Write as _};
-use std::os::unix::fs::FileExt as _;
+mod spool;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
-use parking_lot::Mutex;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use ractor_cluster::RactorMessage;
 use shoal_engine::backup::Archive;
@@ -32,12 +31,14 @@ use shoal_proto::{CollectionConfig, Error, ErrorCode, GroupId, NodeId, RequestId
 use shoal_raft::cluster::{self, ClusterState, MAX_SHARDS, Reshard};
 use tokio::task::JoinHandle;
 
+use self::spool::Spool;
 use crate::FILES_COLLECTION;
 use crate::call::{Call, Consistency, Reply};
 use crate::cluster::{Cluster, LocalShard, ReadOptions};
-use crate::entries::entries;
+use crate::entries::{bounded, by_shard, entries};
 use crate::limits::MAX_ENTRY_BYTES;
 use crate::placement::PlacementLimits;
+use crate::scratch::{Scratch, ScratchCopy};
 
 /// How often it is looked whether something is to be done.
 const TICK: Duration = Duration::from_millis(500);
@@ -51,7 +52,7 @@ const FETCH_TIMEOUT: Duration = Duration::from_secs(1200);
 const RETRY_PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 /// The pause before a log is looked at again in which there was nothing new.
 const TAIL_PAUSE: Duration = Duration::from_millis(20);
-/// The pause before a shard that is busy is written to again.
+/// The pause before something that is not to be had yet is tried again.
 const BUSY_PAUSE: Duration = Duration::from_millis(50);
 /// Entries on their way into the new shards at once.
 const WRITES_AT_ONCE: usize = 8;
@@ -243,11 +244,17 @@ impl Cluster {
     /// # Errors
     /// Not found when nothing is being changed.
     pub async fn abort_reshard(&self, name: &str, deadline: Instant) -> Result<(), Error> {
-        let state = self.fresh_state(deadline).await?;
-        let name = state.collection(name)?.0;
-        let none = || Error::not_found(format!("the shards of `{name}` are not being changed"));
-        let reshard = state.resharding.get(name).ok_or_else(none)?.id;
-        self.control(cluster::Command::AbortReshard { reshard }, deadline).await.map(drop)
+        loop {
+            let state = self.fresh_state(deadline).await?;
+            let name = state.collection(name)?.0;
+            let none = || Error::not_found(format!("the shards of `{name}` are not being changed"));
+            let reshard = state.resharding.get(name).ok_or_else(none)?.id;
+            let abort = cluster::Command::AbortReshard { reshard };
+            // An attempt that took this one's place meanwhile is to be given up as well.
+            if self.control(abort, deadline).await? != cluster::Response::Absent {
+                return Ok(());
+            }
+        }
     }
 
     /// Commands that a shard has applied after an index, from a replica that has them, and the last index that
@@ -414,9 +421,15 @@ impl<'a> Copying<'a> {
         for (parent, _) in &self.parents {
             sources.push(self.seed(*parent).await?);
         }
-        for source in &mut sources {
-            while source.spool.behind(source.done)? > LITTLE {
-                self.replay_some(source).await?;
+        // In turn: while one catches up the other falls behind.
+        let mut is_far = true;
+        while is_far {
+            is_far = false;
+            for source in &mut sources {
+                if source.spool.behind(source.done)? > LITTLE {
+                    self.replay_some(source).await?;
+                    is_far = true;
+                }
             }
         }
         let frozen = Instant::now();
@@ -471,9 +484,10 @@ impl<'a> Copying<'a> {
             let archive = archive.clone();
             blocking(move || Ok((archive.archive.base()?, archive.archive.frozen_by()?))).await?
         };
-        let empty = || Seed {
+        let seed_of = |child: ShardId| Seed {
             by: self.by,
             from: parent,
+            range: self.range_of(child),
             parents: self.parents.iter().map(|(parent, (first, last))| (*parent, *first, *last)).collect(),
             version: base + index,
             points: Vec::new(),
@@ -489,10 +503,10 @@ impl<'a> Copying<'a> {
         for (child, _) in &self.children {
             let indexes =
                 self.parents.first().is_some_and(|(first, _)| *first == parent).then(|| indexes.clone());
-            self.write_seed(*child, Seed { indexes, ..empty() }).await?;
+            self.write_seed(*child, Seed { indexes, ..seed_of(*child) }).await?;
             // In their order: the oldest are forgotten first.
             for answers in answers.chunks(ANSWERS_AT_ONCE) {
-                self.write_seed(*child, Seed { answers: answers.to_vec(), ..empty() }).await?;
+                self.write_seed(*child, Seed { answers: answers.to_vec(), ..seed_of(*child) }).await?;
             }
         }
         let mut after = None;
@@ -510,14 +524,14 @@ impl<'a> Copying<'a> {
             let seeds = self.by_child(points, |point: &Point| point.id.route()).into_iter();
             let seeds = seeds
                 .flat_map(|(child, points)| entries(points).into_iter().map(move |points| (child, points)));
-            let seeds = seeds.map(|(child, points)| (child, Seed { points, ..empty() }));
+            let seeds = seeds.map(|(child, points)| (child, Seed { points, ..seed_of(child) }));
             self.write_seeds(seeds.collect()).await?;
         }
         let source = archive.clone();
         let documents = blocking(move || source.archive.documents()).await?;
         for (child, documents) in self.by_child(documents, |document: &Document| document.id.route()) {
             let parts = documents.chunks(DOCUMENTS_AT_ONCE);
-            let seeds = parts.map(|part| (child, Seed { documents: part.to_vec(), ..empty() }));
+            let seeds = parts.map(|part| (child, Seed { documents: part.to_vec(), ..seed_of(child) }));
             self.write_seeds(seeds.collect()).await?;
         }
         let mut after = None;
@@ -533,7 +547,7 @@ impl<'a> Copying<'a> {
                 break;
             }
             let staged = self.by_child(staged, |chunk: &StagedChunk| chunk.document.route());
-            let seeds = staged.into_iter().map(|(child, staged)| (child, Seed { staged, ..empty() }));
+            let seeds = staged.into_iter().map(|(child, staged)| (child, Seed { staged, ..seed_of(child) }));
             self.write_seeds(seeds.collect()).await?;
         }
         let refusals = Refusals::after(frozen);
@@ -598,17 +612,18 @@ impl<'a> Copying<'a> {
         }
     }
 
+    fn range_of(&self, child: ShardId) -> (Route, Route) {
+        let known = self.children.iter().find(|(id, _)| *id == child);
+        known.expect("what is seeded is one of the new shards").1
+    }
+
     fn child_of(&self, route: Route) -> ShardId {
         let owner = self.children.iter().find(|(_, (first, last))| (*first..=*last).contains(&route));
         owner.expect("the new shards cover what the old ones do").0
     }
 
     fn by_child<T>(&self, all: Vec<T>, route: impl Fn(&T) -> Route) -> BTreeMap<ShardId, Vec<T>> {
-        let mut split: BTreeMap<ShardId, Vec<T>> = BTreeMap::new();
-        for one in all {
-            split.entry(self.child_of(route(&one))).or_default().push(one);
-        }
-        split
+        by_shard(all, |one| self.child_of(route(one)))
     }
 
     async fn write_seeds(&self, seeds: Vec<(ShardId, Seed)>) -> Result<(), Error> {
@@ -623,15 +638,8 @@ impl<'a> Copying<'a> {
     /// Puts a command through a shard, also when that is busy for a while, and returns its log index.
     async fn write(&self, shard: ShardId, command: &Command) -> Result<u64, Error> {
         let deadline = Instant::now() + STEP_TIMEOUT;
-        loop {
-            match self.cluster.write(shard, None, command, deadline).await {
-                Ok((_, index)) => return Ok(index),
-                Err(error) if error.code == ErrorCode::Busy && Instant::now() < deadline => {
-                    tokio::time::sleep(BUSY_PAUSE).await;
-                }
-                Err(error) => return Err(error),
-            }
-        }
+        let (_, index) = self.cluster.write_when_free(shard, None, command, deadline).await?;
+        Ok(index)
     }
 
     /// Brings the next entries of an old shard's log into the new ones.
@@ -658,7 +666,8 @@ impl<'a> Copying<'a> {
         }
         let from = source.shard;
         let writes = parts.into_iter().map(|(child, commands)| async move {
-            for commands in bounded(commands) {
+            for commands in bounded(commands, usize::MAX, |(bytes, _)| *bytes) {
+                let commands = commands.into_iter().map(|(_, command)| command).collect();
                 let replay = Replay { by: self.by, from, commands };
                 self.write(child, &Command::Replay(Box::new(replay))).await?;
             }
@@ -673,25 +682,6 @@ impl<'a> Copying<'a> {
 /// A command with the number that it had, and its size in bytes.
 type Numbered = (usize, (u64, Envelope));
 
-/// Commands in entries of about [`MAX_ENTRY_BYTES`].
-fn bounded(commands: Vec<Numbered>) -> Vec<Vec<(u64, Envelope)>> {
-    let mut entries: Vec<Vec<(u64, Envelope)>> = Vec::new();
-    let mut bytes = 0;
-    for (size, command) in commands {
-        match entries.last_mut() {
-            Some(entry) if bytes + size <= MAX_ENTRY_BYTES => {
-                bytes += size;
-                entry.push(command);
-            }
-            _ => {
-                bytes = size;
-                entries.push(vec![command]);
-            }
-        }
-    }
-    entries
-}
-
 /// Whether the old shard has refused a command of which the new ones would see a part each, and might take it.
 fn was_refused(config: &CollectionConfig, command: &Command) -> bool {
     match command {
@@ -700,143 +690,6 @@ fn was_refused(config: &CollectionConfig, command: &Command) -> bool {
         }
         _ => false,
     }
-}
-
-/// A copy of a shard and the directory that it lies in.
-struct ScratchCopy {
-    archive: Archive,
-    // After the archive: files are deleted when nothing has them open.
-    _dir: Scratch,
-}
-
-/// A directory or a file that is deleted when nobody needs it any more.
-struct Scratch(PathBuf);
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let removed = match self.0.is_dir() {
-            true => std::fs::remove_dir_all(&self.0),
-            false => std::fs::remove_file(&self.0),
-        };
-        if let Err(error) = removed {
-            tracing::warn!(%error, path = %self.0.display(), "a copy of a shard could not be deleted");
-        }
-    }
-}
-
-/// An old shard's log from some index on, in a file, while a task fetches more of it.
-struct Spool {
-    file: Arc<std::fs::File>,
-    shared: Arc<Mutex<Spooled>>,
-    fetching: JoinHandle<()>,
-    _path: Scratch,
-}
-
-#[derive(Default)]
-struct Spooled {
-    /// Where in the file the next pieces are.
-    pieces: VecDeque<(u64, usize)>,
-    /// The last index that was fetched.
-    last: u64,
-    /// Whether all that was applied when it was fetched last is there.
-    is_current: bool,
-    failed: Option<Error>,
-}
-
-impl Spool {
-    fn begin(cluster: Cluster, shard: ShardId, after: u64, path: PathBuf) -> Result<Spool, Error> {
-        let open = || {
-            std::fs::create_dir_all(path.parent().unwrap_or(Path::new(".")))?;
-            std::fs::File::options().create_new(true).read(true).write(true).open(&path)
-        };
-        let file = Arc::new(open().map_err(Error::internal)?);
-        let shared = Arc::new(Mutex::new(Spooled { last: after, ..Spooled::default() }));
-        let fetching = tokio::spawn(fetch(cluster, shard, file.clone(), shared.clone()));
-        Ok(Spool { file, shared, fetching, _path: Scratch(path) })
-    }
-
-    /// How many entries there are, as far as is known, after an index: very many before that is known.
-    fn behind(&self, index: u64) -> Result<u64, Error> {
-        let spooled = self.shared.lock();
-        match &spooled.failed {
-            Some(error) => Err(error.clone()),
-            None if spooled.is_current => Ok(spooled.last.saturating_sub(index)),
-            None => Ok(u64::MAX),
-        }
-    }
-
-    /// The next piece, or none when nothing more was fetched yet.
-    async fn next(&mut self) -> Result<Option<Vec<(u64, Option<Bytes>)>>, Error> {
-        let (offset, length) = {
-            let mut spooled = self.shared.lock();
-            if let Some(error) = &spooled.failed {
-                return Err(error.clone());
-            }
-            let Some(piece) = spooled.pieces.pop_front() else { return Ok(None) };
-            piece
-        };
-        let file = self.file.clone();
-        let bytes = tokio::task::spawn_blocking(move || {
-            let mut bytes = vec![0; length];
-            file.read_exact_at(&mut bytes, offset).map(|()| bytes)
-        });
-        let bytes = bytes.await.map_err(Error::internal)?.map_err(Error::internal)?;
-        Ok(Some(codec::decode(&bytes)?))
-    }
-}
-
-impl Drop for Spool {
-    fn drop(&mut self) {
-        self.fetching.abort();
-    }
-}
-
-async fn fetch(cluster: Cluster, shard: ShardId, file: Arc<std::fs::File>, shared: Arc<Mutex<Spooled>>) {
-    let mut after = shared.lock().last;
-    loop {
-        let fetched = match cluster.tail(shard, after).await {
-            Ok((commands, applied)) => keep(&file, commands).await.map(|kept| (kept, applied)),
-            Err(error) => Err(error),
-        };
-        let has_all = {
-            let mut spooled = shared.lock();
-            match fetched {
-                Ok((kept, applied)) => {
-                    if let Some((last, piece)) = kept {
-                        after = last;
-                        spooled.pieces.push_back(piece);
-                        spooled.last = last;
-                    }
-                    spooled.is_current = after >= applied;
-                    spooled.is_current
-                }
-                Err(error) => {
-                    spooled.failed = Some(error);
-                    return;
-                }
-            }
-        };
-        if has_all {
-            tokio::time::sleep(TAIL_PAUSE).await;
-        }
-    }
-}
-
-/// A piece of a spool: the last index in it, and where it is.
-type Kept = Option<(u64, (u64, usize))>;
-
-async fn keep(file: &Arc<std::fs::File>, commands: Vec<(u64, Option<Bytes>)>) -> Result<Kept, Error> {
-    let Some((last, _)) = commands.last() else { return Ok(None) };
-    let (last, file) = (*last, file.clone());
-    let written = tokio::task::spawn_blocking(move || {
-        let bytes = codec::encode(&commands);
-        let mut file = &*file;
-        let offset = file.seek(SeekFrom::End(0))?;
-        file.write_all(&bytes)?;
-        std::io::Result::Ok((offset, bytes.len()))
-    });
-    let piece = written.await.map_err(Error::internal)?.map_err(Error::internal)?;
-    Ok(Some((last, piece)))
 }
 
 async fn blocking<T: Send + 'static>(

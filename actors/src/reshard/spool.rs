@@ -1,0 +1,131 @@
+//! An old shard's log, kept from before its copy is made: it may be purged before the copy is through.
+
+use std::collections::VecDeque;
+use std::io::{Seek as _, SeekFrom, Write as _};
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use shoal_proto::{Error, ShardId, codec};
+use tokio::task::JoinHandle;
+
+use super::TAIL_PAUSE;
+use crate::cluster::Cluster;
+use crate::scratch::Scratch;
+
+/// An old shard's log from some index on, in a file, while a task fetches more of it.
+pub(super) struct Spool {
+    file: Arc<std::fs::File>,
+    shared: Arc<Mutex<Spooled>>,
+    fetching: JoinHandle<()>,
+    _path: Scratch,
+}
+
+#[derive(Default)]
+struct Spooled {
+    /// Where in the file the next pieces are.
+    pieces: VecDeque<(u64, usize)>,
+    /// The last index that was fetched.
+    last: u64,
+    /// Whether all that was applied when it was fetched last is there.
+    is_current: bool,
+    failed: Option<Error>,
+}
+
+impl Spool {
+    pub(super) fn begin(cluster: Cluster, shard: ShardId, after: u64, path: PathBuf) -> Result<Spool, Error> {
+        let open = || {
+            std::fs::create_dir_all(path.parent().unwrap_or(Path::new(".")))?;
+            std::fs::File::options().create_new(true).read(true).write(true).open(&path)
+        };
+        let file = Arc::new(open().map_err(Error::internal)?);
+        let shared = Arc::new(Mutex::new(Spooled { last: after, ..Spooled::default() }));
+        let fetching = tokio::spawn(fetch(cluster, shard, file.clone(), shared.clone()));
+        Ok(Spool { file, shared, fetching, _path: Scratch(path) })
+    }
+
+    /// How many entries there are, as far as is known, after an index: very many before that is known.
+    pub(super) fn behind(&self, index: u64) -> Result<u64, Error> {
+        let spooled = self.shared.lock();
+        match &spooled.failed {
+            Some(error) => Err(error.clone()),
+            None if spooled.is_current => Ok(spooled.last.saturating_sub(index)),
+            None => Ok(u64::MAX),
+        }
+    }
+
+    /// The next piece, or none when nothing more was fetched yet.
+    pub(super) async fn next(&mut self) -> Result<Option<Vec<(u64, Option<Bytes>)>>, Error> {
+        let (offset, length) = {
+            let mut spooled = self.shared.lock();
+            if let Some(error) = &spooled.failed {
+                return Err(error.clone());
+            }
+            let Some(piece) = spooled.pieces.pop_front() else { return Ok(None) };
+            piece
+        };
+        let file = self.file.clone();
+        let bytes = tokio::task::spawn_blocking(move || {
+            let mut bytes = vec![0; length];
+            file.read_exact_at(&mut bytes, offset).map(|()| bytes)
+        });
+        let bytes = bytes.await.map_err(Error::internal)?.map_err(Error::internal)?;
+        Ok(Some(codec::decode(&bytes)?))
+    }
+}
+
+impl Drop for Spool {
+    fn drop(&mut self) {
+        self.fetching.abort();
+    }
+}
+
+async fn fetch(cluster: Cluster, shard: ShardId, file: Arc<std::fs::File>, shared: Arc<Mutex<Spooled>>) {
+    let mut after = shared.lock().last;
+    loop {
+        let fetched = match cluster.tail(shard, after).await {
+            Ok((commands, applied)) => keep(&file, commands).await.map(|kept| (kept, applied)),
+            Err(error) => Err(error),
+        };
+        let has_all = {
+            let mut spooled = shared.lock();
+            match fetched {
+                Ok((kept, applied)) => {
+                    if let Some((last, piece)) = kept {
+                        after = last;
+                        spooled.pieces.push_back(piece);
+                        spooled.last = last;
+                    }
+                    spooled.is_current = after >= applied;
+                    spooled.is_current
+                }
+                Err(error) => {
+                    spooled.failed = Some(error);
+                    return;
+                }
+            }
+        };
+        if has_all {
+            tokio::time::sleep(TAIL_PAUSE).await;
+        }
+    }
+}
+
+/// A piece of a spool: the last index in it, and where it is.
+type Kept = Option<(u64, (u64, usize))>;
+
+async fn keep(file: &Arc<std::fs::File>, commands: Vec<(u64, Option<Bytes>)>) -> Result<Kept, Error> {
+    let Some((last, _)) = commands.last() else { return Ok(None) };
+    let (last, file) = (*last, file.clone());
+    let written = tokio::task::spawn_blocking(move || {
+        let bytes = codec::encode(&commands);
+        let mut file = &*file;
+        let offset = file.seek(SeekFrom::End(0))?;
+        file.write_all(&bytes)?;
+        std::io::Result::Ok((offset, bytes.len()))
+    });
+    let piece = written.await.map_err(Error::internal)?.map_err(Error::internal)?;
+    Ok(Some((last, piece)))
+}
