@@ -745,6 +745,7 @@ fn is_idempotent(command: &Command) -> bool {
     matches!(
         command,
         Command::Seed(_)
+            | Command::SeedPartial(_)
             | Command::Replay(_)
             | Command::EndAdoption { .. }
             | Command::Freeze { .. }

@@ -10,7 +10,7 @@ use std::path::Path;
 
 use shoal_proto::{BlobHash, CollectionConfig, DocumentId, FieldType, RequestId, codec};
 
-use crate::command::{Answered, Document, DocumentState, FileRecord, Outcome, Point, StagedChunk};
+use crate::command::{Document, DocumentState, FileRecord, Outcome, PartialAnswer, Point, StagedChunk};
 use crate::error::{Error, Result};
 use crate::frames::Frames;
 use crate::keys;
@@ -282,17 +282,20 @@ impl Archive {
         Ok(staged)
     }
 
-    /// The answers that it remembers, oldest first.
+    /// The answers that it remembers, oldest first: to requests that were done in all of the shard, and to
+    /// those that were not.
     ///
     /// # Errors
     /// Damaged, when a record is.
-    pub fn answers(&self) -> Result<Vec<Answered>> {
-        let answers: Vec<(RequestId, Outcome)> = self.records(keys::REQUEST)?;
-        let answered = |(id, outcome)| {
-            let ranges = read_meta(&self.store, &keys::partial(id))?;
-            Ok(Answered { id, outcome, ranges })
-        };
-        answers.into_iter().map(answered).collect()
+    pub fn answers(&self) -> Result<(Vec<(RequestId, Outcome)>, Vec<PartialAnswer>)> {
+        let (mut whole, mut partial) = (Vec::new(), Vec::new());
+        for (id, outcome) in self.records::<(RequestId, Outcome)>(keys::REQUEST)? {
+            match read_meta(&self.store, &keys::partial(id))? {
+                None => whole.push((id, outcome)),
+                Some(ranges) => partial.push(PartialAnswer { id, outcome, ranges }),
+            }
+        }
+        Ok((whole, partial))
     }
 
     /// The change of shards that had frozen it.

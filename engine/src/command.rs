@@ -191,6 +191,9 @@ pub enum Command {
         /// The change of shards.
         by: RequestId,
     },
+    /// Takes in the answers of another shard to requests that were not done in all of it. After its first
+    /// seed.
+    SeedPartial(Box<SeedPartial>),
 }
 
 /// Some of what another shard held.
@@ -200,9 +203,8 @@ pub struct Seed {
     pub by: RequestId,
     /// The other shard.
     pub from: ShardId,
-    /// The first and the last route of the range of the shard that takes it in.
-    pub range: (Route, Route),
-    /// All shards that something comes from, with the first and the last route of each.
+    /// All shards that something comes from, with the first and the last route of what does: together they
+    /// are the range of the shard that takes it in.
     pub parents: Vec<(ShardId, Route, Route)>,
     /// No version of anything in the other shard was higher then.
     pub version: u64,
@@ -212,22 +214,33 @@ pub struct Seed {
     pub documents: Vec<Document>,
     /// Chunks that are not visible yet.
     pub staged: Vec<StagedChunk>,
-    /// Answers to requests, oldest first.
-    pub answers: Vec<Answered>,
+    /// Answers to requests that were done in all of the other shard, oldest first.
+    pub answers: Vec<(RequestId, Outcome)>,
     /// The payload indexes, if this part of the seed has them: those of one of the shards, since the logs of
     /// all of them end with the same.
     pub indexes: Option<BTreeMap<String, FieldType>>,
 }
 
-/// An answer that is remembered.
+/// Answers of another shard to requests that were done in a part of it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Answered {
+pub struct SeedPartial {
+    /// The change of shards.
+    pub by: RequestId,
+    /// The other shard.
+    pub from: ShardId,
+    /// The answers, oldest first.
+    pub answers: Vec<PartialAnswer>,
+}
+
+/// The answer to a request that was done in a part of a shard.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PartialAnswer {
     /// The request.
     pub id: RequestId,
     /// Its answer.
     pub outcome: Outcome,
-    /// The ranges in which it was done, when it was not in all of the shard's.
-    pub ranges: Option<Vec<(Route, Route)>>,
+    /// The first and the last route of each range in which it was done.
+    pub ranges: Vec<(Route, Route)>,
 }
 
 /// A chunk of a version that is not visible yet.
@@ -284,6 +297,7 @@ impl Command {
             }
             index @ Command::SetPayloadIndex { .. } => Some(index),
             Command::Seed(_)
+            | Command::SeedPartial(_)
             | Command::Replay(_)
             | Command::EndAdoption { .. }
             | Command::Freeze { .. }

@@ -4,9 +4,9 @@
 //! I <point id>            slot of a point          F <file id>        file record
 //! P <slot>                id, version, payload     D <document id>    document record
 //! V <slot> <vector name>  f32 vector               S <document id> <version> <chunk>  staged chunk
-//! R <sequence>            an answered request      Q <request id>     where it was done, if not everywhere
-//!                                                M <name>           tag, next slot, indexes, and
-//!                                                what becomes of the shard ([`crate::reshard`])
+//! R <sequence>            an answered request      W <request id>     where it was done, if not everywhere
+//! M <name>                tag, next slot, indexes, and what becomes of the shard ([`crate::reshard`])
+//! Q <request id>          what W was before: the old shards that had done it
 //! ```
 
 use shoal_proto::{DocumentId, PointId, RequestId};
@@ -18,7 +18,8 @@ pub(crate) const REQUEST: u8 = b'R';
 pub(crate) const FILE: u8 = b'F';
 pub(crate) const DOCUMENT: u8 = b'D';
 pub(crate) const STAGED: u8 = b'S';
-pub(crate) const PARTIAL: u8 = b'Q';
+pub(crate) const PARTIAL: u8 = b'W';
+pub(crate) const PARTIAL_BY_SHARD: u8 = b'Q';
 
 pub(crate) const TAG: &[u8] = b"Mtag";
 pub(crate) const NEXT_SLOT: &[u8] = b"Mnext_slot";

@@ -16,15 +16,15 @@
 //! trying. Its answer is *partial*: it goes with the ranges in which the request was done, and when it comes
 //! again, it is done in the others.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 use shoal_proto::{Error, ErrorCode, RequestId, Route, ShardId, codec};
 
-use crate::command::{Command, Envelope, Outcome, Replay, Seed};
+use crate::command::{Command, Envelope, Outcome, Replay, Seed, SeedPartial};
 use crate::error::Result;
 use crate::keys;
-use crate::state::{Change, Effect, REMEMBERED_REQUESTS, State};
+use crate::state::{Change, Effect, REMEMBERED_REQUESTS, State, decode};
 use crate::store::Batch;
 
 /// How far a shard has come in taking over what others held.
@@ -32,9 +32,8 @@ use crate::store::Batch;
 pub(crate) struct Adoption {
     /// The change of shards that it is part of.
     by: RequestId,
-    /// The shard's own range.
-    range: Range,
-    /// The old shards, with the first and the last route of each.
+    /// The old shards, with the first and the last route of what comes from each. Together they are the shard's
+    /// own range, or more.
     parents: BTreeMap<ShardId, Range>,
     /// The last index of each old shard's log that was replayed.
     replayed: BTreeMap<ShardId, u64>,
@@ -44,6 +43,14 @@ pub(crate) struct Adoption {
 
 /// The first and the last route of a range.
 pub(crate) type Range = (Route, Route);
+
+impl Adoption {
+    fn range(&self) -> Range {
+        let first = self.parents.values().map(|(first, _)| *first).min();
+        let last = self.parents.values().map(|(_, last)| *last).max();
+        (first.unwrap_or(Route(0)), last.unwrap_or(Route(u32::MAX)))
+    }
+}
 
 /// What is in a range and in none of some others.
 fn gaps(range: Range, done: &[Range]) -> Vec<Range> {
@@ -160,12 +167,32 @@ impl State {
     fn note_done(&mut self, batch: &mut Batch, id: RequestId, ranges: &[Range]) {
         let mut done = self.partial.remove(&id).unwrap_or_default();
         done.extend(ranges.iter().filter(|range| !done.contains(range)).copied().collect::<Vec<_>>());
-        if self.adoption.as_ref().is_none_or(|adoption| gaps(adoption.range, &done).is_empty()) {
+        if self.adoption.as_ref().is_none_or(|adoption| gaps(adoption.range(), &done).is_empty()) {
             batch.remove(keys::partial(id));
         } else {
             batch.put(keys::partial(id), codec::encode(&done));
             self.partial.insert(id, done);
         }
+    }
+
+    /// Reads where requests were done that were not done everywhere. It was once noted by which of the old
+    /// shards.
+    pub(crate) fn recover_partial(&mut self) -> Result<()> {
+        let id_of = |key: &[u8]| RequestId(key[1..].try_into().expect("such a key has 17 bytes"));
+        let mut batch = Batch::default();
+        for item in self.store.scan(&[keys::PARTIAL_BY_SHARD]) {
+            let (key, value) = item?;
+            let shards: BTreeSet<ShardId> = decode(&key, &value)?;
+            let done: Vec<Range> = shards.into_iter().filter_map(|shard| self.range_of(shard)).collect();
+            batch.put(keys::partial(id_of(&key)), codec::encode(&done));
+            batch.remove(key);
+        }
+        self.store.commit(batch)?;
+        for item in self.store.scan(&[keys::PARTIAL]) {
+            let (key, value) = item?;
+            self.partial.insert(id_of(&key), decode(&key, &value)?);
+        }
+        Ok(())
     }
 
     /// The range of an old shard.
@@ -176,7 +203,7 @@ impl State {
     /// What of a request that is remembered is still to be done.
     pub(crate) fn left_of(&self, id: RequestId, command: &Command) -> Vec<Command> {
         match &self.adoption {
-            Some(adoption) => self.left_within(id, command, adoption.range),
+            Some(adoption) => self.left_within(id, command, adoption.range()),
             None => Vec::new(),
         }
     }
@@ -205,12 +232,9 @@ impl State {
             let parents =
                 seed.parents.iter().map(|(parent, first, last)| (*parent, (*first, *last))).collect();
             let replayed = BTreeMap::new();
-            let (by, range) = (seed.by, seed.range);
-            self.adoption = Some(Adoption { by, range, parents, replayed, is_done: false });
+            self.adoption = Some(Adoption { by: seed.by, parents, replayed, is_done: false });
         }
-        // Once its log is replayed, a seed that comes late would bring back what is gone.
-        let is_late = self.adoption.as_ref().is_some_and(|known| known.replayed.contains_key(&seed.from));
-        if is_late || !self.is_adopting(seed.by) {
+        if !self.takes_seeds(seed.by, seed.from) {
             return Ok(takes_nothing());
         }
         self.raise(index, seed.version);
@@ -227,15 +251,8 @@ impl State {
             change.batch.put(key, codec::encode(&staged.point));
         }
         let all_of_it: Vec<Range> = self.range_of(seed.from).into_iter().collect();
-        for answer in &seed.answers {
-            if !self.has_answered(answer.id) {
-                self.remember(change.batch, self.base + index, answer.id, &answer.outcome);
-                self.base += 1;
-            } else if !self.partial.contains_key(&answer.id) {
-                // It is whole: this seed has come before.
-                continue;
-            }
-            self.note_done(change.batch, answer.id, answer.ranges.as_ref().unwrap_or(&all_of_it));
+        for (id, outcome) in &seed.answers {
+            self.take_answer(change.batch, index, *id, outcome, &all_of_it);
         }
         if let Some(wanted) = seed.indexes {
             let gone: Vec<String> =
@@ -251,6 +268,42 @@ impl State {
         }
         self.note_adoption(change.batch);
         Ok(Outcome::Done(0))
+    }
+
+    pub(crate) fn seed_partial(&mut self, change: &mut Change<'_>, index: u64, seed: SeedPartial) -> Outcome {
+        if !self.takes_seeds(seed.by, seed.from) {
+            return takes_nothing();
+        }
+        for answer in &seed.answers {
+            self.take_answer(change.batch, index, answer.id, &answer.outcome, &answer.ranges);
+        }
+        self.note_adoption(change.batch);
+        Outcome::Done(0)
+    }
+
+    /// Once an old shard's log is replayed, a seed of it that comes late would bring back what is gone.
+    fn takes_seeds(&self, by: RequestId, from: ShardId) -> bool {
+        let is_late = self.adoption.as_ref().is_some_and(|known| known.replayed.contains_key(&from));
+        !is_late && self.is_adopting(by)
+    }
+
+    /// Remembers an old shard's answer, and where the request was done.
+    fn take_answer(
+        &mut self,
+        batch: &mut Batch,
+        index: u64,
+        id: RequestId,
+        outcome: &Outcome,
+        ranges: &[Range],
+    ) {
+        if !self.has_answered(id) {
+            self.remember(batch, self.base + index, id, outcome);
+            self.base += 1;
+        } else if !self.partial.contains_key(&id) {
+            // It is whole: this seed has come before.
+            return;
+        }
+        self.note_done(batch, id, ranges);
     }
 
     /// Applies commands of another shard's log. Each is a step of its own in the store, so that it sees
@@ -335,7 +388,27 @@ impl State {
 
 #[cfg(test)]
 mod tests {
+    use shoal_proto::CollectionConfig;
+
     use super::*;
+
+    #[test]
+    fn what_was_noted_by_shard_is_read() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (by, id) = (RequestId([1; 16]), RequestId([2; 16]));
+        let ranges = [(Route(0), Route(99)), (Route(100), Route(u32::MAX))];
+        let parents = (4..).map(ShardId).zip(ranges).collect();
+        let adoption = Some(Adoption { by, parents, replayed: BTreeMap::new(), is_done: true });
+        let mut batch = Batch::default();
+        batch.put(keys::ADOPTION.to_vec(), codec::encode(&adoption));
+        let noted = [&[keys::PARTIAL_BY_SHARD][..], &id.0].concat();
+        batch.put(noted.clone(), codec::encode(&BTreeSet::from([ShardId(5)])));
+        let store = crate::store::Store::open(&dir.path().join("store")).expect("a store");
+        store.commit(batch).expect("noted");
+        let state = State::with_store(store, dir.path(), CollectionConfig::default()).expect("opened");
+        assert_eq!(state.partial.get(&id), Some(&vec![ranges[1]]));
+        assert_eq!(state.store.get(&noted).expect("readable"), None, "it is noted in the new way");
+    }
 
     #[test]
     fn gaps_are_what_is_not_done() {

@@ -146,11 +146,7 @@ impl State {
             self.answered.insert(id, sequence);
             self.order.push_back((sequence, id));
         }
-        for item in self.store.scan(&[keys::PARTIAL]) {
-            let (key, value) = item?;
-            let id = RequestId(key[1..].try_into().expect("the key of a partial answer has 17 bytes"));
-            self.partial.insert(id, decode(&key, &value)?);
-        }
+        self.recover_partial()?;
         for item in self.store.scan(&[keys::DOCUMENT]) {
             let (key, value) = item?;
             let document: Document = decode(&key, &value)?;
@@ -246,6 +242,7 @@ impl State {
                         for command in left {
                             outcome = match command {
                                 Command::Seed(seed) => self.seed(&mut change, index, *seed)?,
+                                Command::SeedPartial(seed) => self.seed_partial(&mut change, index, *seed),
                                 command => self.transition(&mut change, command)?,
                             };
                         }

@@ -13,7 +13,7 @@ use serde_json::json;
 use shoal_engine::backup::Archive;
 use shoal_engine::command::{
     Answer, Command, Document, DocumentState, Envelope, Outcome, PayloadMode, Point, Read, Replay, Seed,
-    Select, Stage, Target,
+    SeedPartial, Select, Stage, Target,
 };
 use shoal_engine::reshard::Refusals;
 use shoal_engine::{Entry, Shard};
@@ -218,7 +218,7 @@ fn seeds(
     parent: &Rig,
     parents: &[(ShardId, Range)],
     children: &[Range],
-) -> (Vec<(usize, Seed)>, u64, Refusals) {
+) -> (Vec<(usize, Command)>, u64, Refusals) {
     let dir = tempfile::tempdir().expect("a directory");
     let (_, cursor) = parent.shard().export().expect("exported");
     write_frames(&cursor, &dir.path().join("frames"));
@@ -228,8 +228,7 @@ fn seeds(
     let empty = Seed {
         by: BY,
         from: parent.id,
-        range: ALL,
-        parents: parents.iter().map(|(parent, (first, last))| (*parent, *first, *last)).collect(),
+        parents: Vec::new(),
         version: base + parent.index(),
         points: Vec::new(),
         documents: Vec::new(),
@@ -237,16 +236,24 @@ fn seeds(
         answers: Vec::new(),
         indexes: None,
     };
+    let seed = |at: usize, seed: Seed| (at, Command::Seed(Box::new(seed)));
     let mut seeds = Vec::new();
     for (at, range) in children.iter().enumerate() {
         let is_in = |route: Route| (range.0..=range.1).contains(&route);
-        let empty = Seed { range: *range, ..empty.clone() };
+        let parts =
+            parents.iter().map(|(parent, (first, last))| (*parent, range.0.max(*first), range.1.min(*last)));
+        let empty =
+            Seed { parents: parts.filter(|(_, first, last)| first <= last).collect(), ..empty.clone() };
         let indexes = archive.indexes().expect("readable").unwrap_or_default();
         let indexes = (parents[0].0 == parent.id).then_some(indexes);
-        seeds.push((at, Seed { indexes, ..empty.clone() }));
-        let answers = archive.answers().expect("readable");
+        seeds.push(seed(at, Seed { indexes, ..empty.clone() }));
+        let (answers, partial) = archive.answers().expect("readable");
         for some in answers.chunks(7) {
-            seeds.push((at, Seed { answers: some.to_vec(), ..empty.clone() }));
+            seeds.push(seed(at, Seed { answers: some.to_vec(), ..empty.clone() }));
+        }
+        for some in partial.chunks(7) {
+            let seed = SeedPartial { by: BY, from: parent.id, answers: some.to_vec() };
+            seeds.push((at, Command::SeedPartial(Box::new(seed))));
         }
         let mut after = None;
         loop {
@@ -255,11 +262,11 @@ fn seeds(
                 break;
             }
             points.retain(|point| is_in(point.id.route()));
-            seeds.push((at, Seed { points, ..empty.clone() }));
+            seeds.push(seed(at, Seed { points, ..empty.clone() }));
         }
         let mut documents = archive.documents().expect("readable");
         documents.retain(|document| is_in(document.id.route()));
-        seeds.push((at, Seed { documents, ..empty.clone() }));
+        seeds.push(seed(at, Seed { documents, ..empty.clone() }));
         let mut after = None;
         loop {
             let mut staged = archive.staged(&mut after, 300).expect("readable");
@@ -267,7 +274,7 @@ fn seeds(
                 break;
             }
             staged.retain(|chunk| is_in(chunk.document.route()));
-            seeds.push((at, Seed { staged, ..empty.clone() }));
+            seeds.push(seed(at, Seed { staged, ..empty.clone() }));
         }
     }
     (seeds, base, Refusals::after(archive.frozen_by().expect("readable")))
@@ -318,10 +325,10 @@ fn take_over(
             parent.command(Command::Thaw { by: OTHER });
         }
         for (number, (at, seed)) in seeds.iter().enumerate() {
-            children[*at].command(Command::Seed(Box::new(seed.clone())));
+            children[*at].command(seed.clone());
             if coin.random_ratio(1, 8) {
                 // An answer was lost.
-                children[*at].command(Command::Seed(Box::new(seed.clone())));
+                children[*at].command(seed.clone());
             }
             if number % 5 == 0 {
                 write(parent, *own, requests, coin);
@@ -350,7 +357,7 @@ fn take_over(
                 // A seed that was on its way since then must not bring anything back.
                 if let Some((_, late)) = seeds.get(coin.random_range(0..seeds.len())).filter(|_| upto > done)
                 {
-                    child.command(Command::Seed(Box::new(late.clone())));
+                    child.command(late.clone());
                 }
                 trouble(child, coin);
             }
@@ -529,7 +536,7 @@ fn a_request_that_one_of_two_shards_has_answered_is_finished() {
             let (seeds, base, refusals) = seeds(parent, &known, &[ALL]);
             starts.push((parent.log.len(), base, refusals));
             for (_, seed) in seeds {
-                merged.command(Command::Seed(Box::new(seed)));
+                merged.command(seed);
             }
         }
         if in_tail {

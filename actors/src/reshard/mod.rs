@@ -25,7 +25,9 @@ use ractor::{Actor, ActorProcessingErr, ActorRef};
 use ractor_cluster::RactorMessage;
 use shoal_engine::backup::Archive;
 use shoal_engine::check_point;
-use shoal_engine::command::{Answer, Command, Document, Envelope, Point, Read, Replay, Seed, StagedChunk};
+use shoal_engine::command::{
+    Answer, Command, Document, Envelope, Point, Read, Replay, Seed, SeedPartial, StagedChunk,
+};
 use shoal_engine::reshard::Refusals;
 use shoal_proto::{CollectionConfig, Error, ErrorCode, GroupId, NodeId, RequestId, Route, ShardId, codec};
 use shoal_raft::cluster::{self, ClusterState, MAX_SHARDS, Reshard};
@@ -487,8 +489,7 @@ impl<'a> Copying<'a> {
         let seed_of = |child: ShardId| Seed {
             by: self.by,
             from: parent,
-            range: self.range_of(child),
-            parents: self.parents.iter().map(|(parent, (first, last))| (*parent, *first, *last)).collect(),
+            parents: self.parts_of(child),
             version: base + index,
             points: Vec::new(),
             documents: Vec::new(),
@@ -497,7 +498,7 @@ impl<'a> Copying<'a> {
             indexes: None,
         };
         let (source, wanted) = (archive.clone(), self.config.payload_indexes.clone());
-        let (indexes, answers) =
+        let (indexes, (answers, partial)) =
             blocking(move || Ok((source.archive.indexes()?.unwrap_or(wanted), source.archive.answers()?)))
                 .await?;
         for (child, _) in &self.children {
@@ -507,6 +508,10 @@ impl<'a> Copying<'a> {
             // In their order: the oldest are forgotten first.
             for answers in answers.chunks(ANSWERS_AT_ONCE) {
                 self.write_seed(*child, Seed { answers: answers.to_vec(), ..seed_of(*child) }).await?;
+            }
+            for answers in partial.chunks(ANSWERS_AT_ONCE) {
+                let seed = SeedPartial { by: self.by, from: parent, answers: answers.to_vec() };
+                self.write(*child, &Command::SeedPartial(Box::new(seed))).await?;
             }
         }
         let mut after = None;
@@ -615,6 +620,14 @@ impl<'a> Copying<'a> {
     fn range_of(&self, child: ShardId) -> (Route, Route) {
         let known = self.children.iter().find(|(id, _)| *id == child);
         known.expect("what is seeded is one of the new shards").1
+    }
+
+    /// The old shards, with the first and the last route of what comes from each to a new one.
+    fn parts_of(&self, child: ShardId) -> Vec<(ShardId, Route, Route)> {
+        let (first, last) = self.range_of(child);
+        let parts =
+            self.parents.iter().map(|(parent, (from, to))| (*parent, first.max(*from), last.min(*to)));
+        parts.filter(|(_, from, to)| from <= to).collect()
     }
 
     fn child_of(&self, route: Route) -> ShardId {
