@@ -212,6 +212,9 @@ impl Vectors {
             return Ok(graph);
         }
         self.save(true)?;
+        if let Some(full) = self.graphs.read().last() {
+            full.seal(&self.params)?;
+        }
         let numbers = self.graphs.read().iter().map(|graph| number_and_round(&graph.file).0 + 1).max();
         let number = numbers.unwrap_or(0);
         let graph = Arc::new(Graph::create(&self.dir.join(format!("{number:06}.graph")), &self.params)?);
@@ -378,18 +381,16 @@ impl Graph {
         if sum != checksum(file, &slots)?.to_le_bytes() {
             return Err(Error::Graph("wrong checksum".into()));
         }
-        let index = Graph::empty(params)?;
-        let path = file.to_str().ok_or_else(|| Error::Graph("the path is not UTF-8".into()))?;
         let len = slots.len();
-        if len as usize >= SEAL_VECTORS {
-            // A view keeps the number of searches at once that was reserved before.
-            index.reserve_capacity_and_threads(1, SEARCH_THREADS).map_err(graph_error)?;
-            index.view(path).map_err(graph_error)?;
+        let index = if len as usize >= SEAL_VECTORS {
+            Graph::view(file, params)?
         } else {
-            index.load(path).map_err(graph_error)?;
+            let index = Graph::empty(params)?;
+            index.load(utf8(file)?).map_err(graph_error)?;
             let capacity = (index.size() * 5 / 4).max(4096);
             index.reserve_capacity_and_threads(capacity, SEARCH_THREADS).map_err(graph_error)?;
-        }
+            index
+        };
         if index.dimensions() != params.size {
             return Err(Error::Graph("wrong dimensions".into()));
         }
@@ -397,10 +398,27 @@ impl Graph {
         Ok(Graph { index, slots, file: file.to_owned(), saved_len: AtomicU64::new(len) })
     }
 
+    /// A graph in a file that does not change any more.
+    fn view(file: &Path, params: &VectorParams) -> Result<Index> {
+        let index = Graph::empty(params)?;
+        // A view keeps the number of searches at once that was reserved before.
+        index.reserve_capacity_and_threads(1, SEARCH_THREADS).map_err(graph_error)?;
+        index.view(utf8(file)?).map_err(graph_error)?;
+        Ok(index)
+    }
+
+    /// Lets go of the memory of a graph that is saved and does not grow any more: from now on it is read from
+    /// its file, which the operating system keeps in memory as far as there is room.
+    fn seal(&self, params: &VectorParams) -> Result<()> {
+        let viewed = Graph::view(&self.file, params)?;
+        *self.index.write() = viewed;
+        Ok(())
+    }
+
     /// Writes beside, syncs, renames, then writes the note that makes the file count.
     fn save(&self, len: u64) -> Result<()> {
         let fresh = self.file.with_extension("fresh");
-        let path = fresh.to_str().ok_or_else(|| Error::Graph("the path is not UTF-8".into()))?;
+        let path = utf8(&fresh)?;
         let slots = {
             let index = self.index.read();
             let slots = self.slots.read().clone();
@@ -449,6 +467,10 @@ fn checksum(file: &Path, slots: &RoaringBitmap) -> Result<u32> {
     slots.serialize_into(&mut note)?;
     hasher.update(&note);
     Ok(hasher.finalize())
+}
+
+fn utf8(path: &Path) -> Result<&str> {
+    path.to_str().ok_or_else(|| Error::Graph("the path is not UTF-8".into()))
 }
 
 fn graph_error(error: impl std::fmt::Display) -> Error {

@@ -1,5 +1,5 @@
-//! A graph that was sealed and saved is viewed through its file after a restart, and takes more
-//! searches at once than the machine has cores.
+//! A graph that was sealed is viewed through its file, at once and after a restart, and takes more searches
+//! at once than the machine has cores.
 
 use std::path::Path;
 use std::sync::Barrier;
@@ -85,6 +85,9 @@ fn build(dir: &Path, data: &[f32]) {
     while vectors.index_some(&|_| true).expect("indexes") {}
     vectors.save(true).expect("saves");
     assert_eq!(vectors.segments(), 2, "the first graph is full");
+    assert!(is_mapped(&dir.join("000000.graph")), "a graph is viewed from the moment that it is sealed");
+    let found = vectors.search(&data[..DIMENSIONS], 1, None, &|_| true, true).expect("searches");
+    assert_eq!(slots(&found), [0]);
 }
 
 /// The exact answer, from the vectors as they were before anything was indexed.
