@@ -1,19 +1,22 @@
-//! openraft's own conformance suite on our log, with the log reopened between its steps, and
+//! openraft's own conformance suite on our log, as it is and with the log reopened before every read, and
 //! the cases that the suite does not know: group commit, restarts, truncation, damage.
 
 use std::collections::BTreeMap;
+use std::fmt::Debug;
 use std::io;
-use std::path::Path;
+use std::ops::RangeBounds;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use openraft::storage::RaftLogStorage;
+use openraft::storage::{IOFlushed, LogState, RaftLogStorage};
 use openraft::testing::log::{StoreBuilder, Suite};
 use openraft::type_config::TypeConfigExt;
-use openraft::{Entry, EntryPayload, RaftLogReader, StorageError};
+use openraft::{Entry, EntryPayload, OptionalSend, RaftLogReader, StorageError};
 use parking_lot::Mutex;
 use shoal_proto::{GroupId, NodeId};
 use tempfile::TempDir;
+use tokio::sync::{OwnedMappedMutexGuard, OwnedMutexGuard};
 
 use super::*;
 use crate::machine::{Committed, Export, Exported, Machine, StateMachine};
@@ -69,15 +72,111 @@ impl StateMachine for Recorder {
     }
 }
 
+/// A log that is closed and opened again before whatever is asked of it.
+#[derive(Clone)]
+struct Reopened {
+    dir: PathBuf,
+    log: Arc<tokio::sync::Mutex<Option<GroupLog>>>,
+}
+
+impl Reopened {
+    async fn asked(&self) -> OwnedMappedMutexGuard<Option<GroupLog>, GroupLog> {
+        let mut log = self.log.clone().lock_owned().await;
+        drop(log.take());
+        *log = Some(open(&self.dir).await);
+        OwnedMutexGuard::map(log, |log| log.as_mut().expect("it was opened just now"))
+    }
+
+    async fn told(&self) -> OwnedMappedMutexGuard<Option<GroupLog>, GroupLog> {
+        let log = self.log.clone().lock_owned().await;
+        OwnedMutexGuard::map(log, |log| log.as_mut().expect("it is only closed to be opened"))
+    }
+}
+
+impl RaftLogReader<TypeConfig> for Reopened {
+    async fn try_get_log_entries<RB>(&mut self, range: RB) -> io::Result<Vec<EntryOf<TypeConfig>>>
+    where
+        RB: RangeBounds<u64> + Clone + Debug + OptionalSend,
+    {
+        self.asked().await.try_get_log_entries(range).await
+    }
+
+    async fn read_vote(&mut self) -> io::Result<Option<VoteOf<TypeConfig>>> {
+        self.asked().await.read_vote().await
+    }
+
+    async fn limited_get_log_entries(
+        &mut self,
+        start: u64,
+        end: u64,
+    ) -> io::Result<Vec<EntryOf<TypeConfig>>> {
+        self.asked().await.limited_get_log_entries(start, end).await
+    }
+}
+
+impl RaftLogStorage<TypeConfig> for Reopened {
+    type LogReader = Self;
+
+    async fn get_log_state(&mut self) -> io::Result<LogState<TypeConfig>> {
+        self.asked().await.get_log_state().await
+    }
+
+    async fn get_log_reader(&mut self) -> Self {
+        self.clone()
+    }
+
+    async fn save_vote(&mut self, vote: &VoteOf<TypeConfig>) -> io::Result<()> {
+        self.told().await.save_vote(vote).await
+    }
+
+    async fn save_committed(&mut self, committed: Option<LogIdOf<TypeConfig>>) -> io::Result<()> {
+        self.told().await.save_committed(committed).await
+    }
+
+    async fn read_committed(&mut self) -> io::Result<Option<LogIdOf<TypeConfig>>> {
+        self.asked().await.read_committed().await
+    }
+
+    async fn append<I>(&mut self, entries: I, callback: IOFlushed<TypeConfig>) -> io::Result<()>
+    where
+        I: IntoIterator<Item = EntryOf<TypeConfig>> + OptionalSend,
+        I::IntoIter: OptionalSend,
+    {
+        self.told().await.append(entries, callback).await
+    }
+
+    async fn truncate_after(&mut self, last: Option<LogIdOf<TypeConfig>>) -> io::Result<()> {
+        self.told().await.truncate_after(last).await
+    }
+
+    async fn purge(&mut self, upto: LogIdOf<TypeConfig>) -> io::Result<()> {
+        self.told().await.purge(upto).await
+    }
+}
+
 struct Builder;
 
 impl StoreBuilder<TypeConfig, GroupLog, Machine, TempDir> for Builder {
     async fn build(&self) -> Result<(TempDir, GroupLog, Machine), StorageError<TypeConfig>> {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let log = open(dir.path()).await;
-        let machine = Machine::new(Arc::new(Recorder::default()), dir.path(), Default::default());
+        Ok((dir, log, machine(dir.path())))
+    }
+}
+
+struct RestartingBuilder;
+
+impl StoreBuilder<TypeConfig, Reopened, Machine, TempDir> for RestartingBuilder {
+    async fn build(&self) -> Result<(TempDir, Reopened, Machine), StorageError<TypeConfig>> {
+        let (dir, log, machine) = Builder.build().await?;
+        let log = Arc::new(tokio::sync::Mutex::new(Some(log)));
+        let log = Reopened { dir: dir.path().to_owned(), log };
         Ok((dir, log, machine))
     }
+}
+
+fn machine(dir: &Path) -> Machine {
+    Machine::new(Arc::new(Recorder::default()), dir, Default::default())
 }
 
 async fn open(dir: &Path) -> GroupLog {
@@ -101,7 +200,7 @@ fn entry(term: u64, index: u64) -> EntryOf<TypeConfig> {
 
 async fn append(log: &mut GroupLog, entries: Vec<EntryOf<TypeConfig>>) {
     let (done, synced) = TypeConfig::oneshot();
-    log.append(entries, openraft::storage::IOFlushed::signal(done)).await.expect("appends");
+    log.append(entries, IOFlushed::signal(done)).await.expect("appends");
     synced.await.expect("signalled").expect("synced");
 }
 
@@ -113,6 +212,11 @@ async fn indexes(log: &mut GroupLog) -> Vec<(u64, u64)> {
 #[test]
 fn openraft_conformance_suite() {
     TypeConfig::run(async { Suite::test_all(Builder).await.expect("the suite passes") });
+}
+
+#[test]
+fn openraft_conformance_suite_with_restarts() {
+    TypeConfig::run(async { Suite::test_all(RestartingBuilder).await.expect("the suite passes") });
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
