@@ -11,11 +11,12 @@ use std::time::Duration;
 use futures::StreamExt;
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
+use openraft::raft::{VoteRequest, VoteResponse};
 use parking_lot::Mutex;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
-use shoal_proto::NodeId;
-use shoal_proto::peer::{Piece, RaftMessage, RaftReply};
+use shoal_proto::peer::{Piece, RaftKind, RaftMessage, RaftReply};
+use shoal_proto::{NodeId, codec};
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tonic::Status;
@@ -25,6 +26,7 @@ use super::truth::Truth;
 use crate::error::Error;
 use crate::groups::Groups;
 use crate::network::Wire;
+use crate::types::TypeConfig;
 
 /// After so long the transport finds that a connection is gone.
 const CONNECTION_LOST: Duration = Duration::from_secs(5);
@@ -189,6 +191,8 @@ pub struct End {
     pub node: NodeId,
     pub life: Arc<Life>,
     pub net: Arc<Net>,
+    /// Whether it asks others for a pre-vote, or takes it for granted.
+    pub asks_first: bool,
 }
 
 impl End {
@@ -226,6 +230,13 @@ fn status_of(error: Error) -> Status {
 
 impl Wire for End {
     fn raft(&self, to: NodeId, message: RaftMessage) -> BoxFuture<'_, Result<RaftReply, Status>> {
+        if !self.asks_first && message.kind == i32::from(RaftKind::PreVote) {
+            let granted = codec::decode::<VoteRequest<TypeConfig>>(&message.body)
+                .map(|request| VoteResponse::<TypeConfig>::new(request.vote, request.last_log_id, true))
+                .map(|granted| RaftReply { body: codec::encode(&granted).into() })
+                .map_err(|error| Status::internal(error.to_string()));
+            return Box::pin(std::future::ready(granted));
+        }
         if self.net.is_repeated() {
             let (net, from, message) = (self.net.clone(), self.node, message.clone());
             self.net.spawn(async move {

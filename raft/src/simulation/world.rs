@@ -33,6 +33,8 @@ const FAULTS: Duration = Duration::from_secs(12);
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How often a node looks after its groups.
 const TICK: Duration = Duration::from_millis(100);
+/// How long a node is cut off at the end, and how long it then has to do harm: some elections' time.
+const ALONE: Duration = Duration::from_secs(3);
 /// How long a client waits.
 const DEADLINE: Duration = Duration::from_secs(2);
 const CLIENTS: u64 = 6;
@@ -71,6 +73,8 @@ pub enum Lie {
     Read,
     /// A node that was let go forgets that it was ever there.
     Leave,
+    /// A node claims office without asking whether it would get it.
+    Manners,
 }
 
 /// A place for a node: what outlives its process.
@@ -192,7 +196,9 @@ impl World {
             votes_are_a_lie: self.lie == Some(Lie::Vote),
         };
         let log = LogStore::behind(disk::queue(records));
-        let peers = Peers::over(Arc::new(End { node, life: life.clone(), net: self.net.clone() }), boot);
+        let asks_first = self.lie != Some(Lie::Manners);
+        let end = End { node, life: life.clone(), net: self.net.clone(), asks_first };
+        let peers = Peers::over(Arc::new(end), boot);
         let incoming = self.incoming.path().join(boot.to_string());
         let groups = Groups::new(node, log, peers, &config(self.seed), incoming).expect("a directory");
         self.net.start(node, Running { life: life.clone(), boot, groups: groups.clone() });
@@ -770,6 +776,37 @@ impl World {
         }
     }
 
+    /// The term and the leader of each group.
+    fn offices(&self) -> BTreeMap<GroupId, (u64, NodeId)> {
+        let running = self.net.all_running();
+        let all = running.iter().flat_map(|(_, running)| running.groups.all());
+        let led = all.map(|group| group.status()).filter(|status| status.role == "leader");
+        led.filter_map(|status| Some((status.id, (status.term, status.leader?)))).collect()
+    }
+
+    /// A node that was cut off and comes back deposes no leader: elections that it cannot win are not held
+    /// (pre-vote; Ongaro's thesis, 9.6).
+    async fn come_back(&self) {
+        let nodes: Vec<NodeId> = self.net.all_running().into_iter().map(|(node, _)| node).collect();
+        let Some(lonely) = self.one_of(&nodes) else { return };
+        let before = self.offices();
+        let others = nodes.iter().filter(|node| **node != lonely);
+        let cut = others.flat_map(|other| [(lonely, *other), (*other, lonely)]).collect();
+        self.net.set_weather(Weather { cut, ..net::calm() });
+        sleep(ALONE).await;
+        self.net.set_weather(net::calm());
+        sleep(ALONE).await;
+        self.settle().await;
+        let after = self.offices();
+        for (id, office) in before.iter().filter(|(_, (_, leader))| *leader != lonely) {
+            if after.get(id) != Some(office) {
+                let now = after.get(id);
+                let what = format!("the term and leader of group {id} were {office:?} and are {now:?}");
+                self.truth.violation(format!("{what} after node {lonely} was cut off and came back"));
+            }
+        }
+    }
+
     /// Whether the cluster is whole again, works, and has kept what it promised.
     async fn check(&self) {
         self.settle().await;
@@ -792,6 +829,7 @@ impl World {
             }
         }
         self.settle().await;
+        self.come_back().await;
         for (node, seat) in self.seats.lock().iter().filter(|(_, seat)| !seat.is_gone) {
             for (id, ledger) in seat.ledgers.iter().filter(|(id, _)| **id != GroupId::CONTROL) {
                 self.truth.check_history(*node, *id, &ledger.history());
