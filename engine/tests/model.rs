@@ -1,5 +1,6 @@
 //! The engine against a naive model: random operations, checkpoints, background work, crashes
-//! and restarts. After each step both must hold the same points and answer alike.
+//! and restarts, with so many points in some runs that there is a graph. After each step both must hold the
+//! same points and answer alike, whatever filter is asked for and whichever fields are indexed.
 //!
 //! A *crash* drops every byte that was not synced: the shard's directory goes back to its copy
 //! from the last checkpoint, and the log's entries after that checkpoint are applied again, as
@@ -17,10 +18,17 @@ use shoal_engine::command::{
     Answer, Command, Envelope, Leg, Outcome, PayloadMode, Point, Read, Search, Select, Target,
 };
 use shoal_engine::distance::dot;
+use shoal_engine::vectors::GRAPH_MIN_VECTORS;
 use shoal_engine::{Entry, Shard};
 use shoal_proto::{CollectionConfig, Distance, FieldType, Filter, PointId, RequestId, VectorParams, codec};
 
 const DIMENSIONS: usize = 4;
+/// Points that are written at once in some runs: more than a shard searches without a graph.
+const MANY: std::ops::Range<u64> = 1000..1000 + GRAPH_MIN_VECTORS as u64 + 600;
+/// Candidates of a search in a graph of that size: all of them, so that nothing is missed by chance.
+const EF: usize = 4096;
+/// Fields that have an index now and then.
+const INDEXED: [&str; 4] = ["city", "price", "tags", "at.depth"];
 
 #[derive(Clone, Debug)]
 enum Step {
@@ -28,8 +36,9 @@ enum Step {
     Delete(Vec<u8>),
     DeleteCity(u8),
     SetCity(Vec<u8>, u8),
+    Many,
     Retry,
-    Index(bool),
+    Index(usize, bool),
     Work,
     Checkpoint,
     Crash,
@@ -45,7 +54,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         1 => (0u8..4).prop_map(Step::DeleteCity),
         2 => (ids(), 0u8..4).prop_map(|(ids, city)| Step::SetCity(ids, city)),
         1 => Just(Step::Retry),
-        1 => any::<bool>().prop_map(Step::Index),
+        1 => Just(Step::Many),
+        2 => (0..INDEXED.len(), any::<bool>()).prop_map(|(field, on)| Step::Index(field, on)),
         2 => Just(Step::Work),
         2 => Just(Step::Checkpoint),
         2 => Just(Step::Crash),
@@ -155,12 +165,20 @@ impl Rig {
                     self.replay(self.log.len() as u64);
                 }
             }
-            Step::Index(on) => {
+            Step::Many => {
+                let points: Vec<Point> = MANY.map(one_of_many).collect();
+                for point in &points {
+                    let payload: Value = serde_json::from_str(&point.payload).expect("JSON");
+                    self.model.insert(point.id, (unit(&point.vectors[0].1), payload));
+                }
+                self.apply(Command::Upsert(points));
+            }
+            Step::Index(field, on) => {
                 let index = on.then_some(FieldType::Integer);
-                self.apply(Command::SetPayloadIndex { field: "city".into(), index });
+                self.apply(Command::SetPayloadIndex { field: INDEXED[*field].into(), index });
             }
             Step::Work => {
-                self.shard().work().expect("works");
+                while self.shard().work().expect("works") {}
                 self.shard().save_derived(true).expect("saves");
             }
             Step::Checkpoint => self.checkpoint(),
@@ -194,7 +212,7 @@ impl Rig {
         let all = Read::Scroll {
             from: None,
             filter: None,
-            limit: 1000,
+            limit: 10_000,
             payload: Select::All,
             vectors: Select::All,
         };
@@ -208,6 +226,25 @@ impl Rig {
             .collect();
         assert_eq!(found.keys().collect::<Vec<_>>(), self.model.keys().collect::<Vec<_>>());
         assert_eq!(found, self.model);
+        for (filter, keeps) in filters() {
+            let kept = || self.model.iter().filter(|(id, (_, payload))| keeps(**id, payload));
+            let counted = read(Read::Count { filter: Some(filter.to_string()) });
+            assert_eq!(counted, Answer::Count(kept().count() as u64), "{filter}");
+            let query = unit(&[0.3, 1.0, -0.2, 0.4]);
+            let mut best: Vec<f32> = kept().map(|(_, (vector, _))| dot(&query, vector)).collect();
+            best.sort_by(|a, b| b.total_cmp(a));
+            best.truncate(5);
+            let legs = vec![Leg::Dense { using: String::new(), vector: query, exact: false, ef: Some(EF) }];
+            let (payload, vectors) = (Select::Nothing, Select::Nothing);
+            let asked = Some(filter.to_string());
+            let search = Search { legs, filter: asked, limit: 5, score_threshold: None, payload, vectors };
+            let Answer::Lists(lists) = read(Read::Search(search)) else { panic!("not lists") };
+            let scores: Vec<f32> = lists[0].iter().map(|hit| hit.score).collect();
+            assert_eq!(scores.len(), best.len(), "{filter}");
+            let same = scores.iter().zip(&best).all(|(a, b)| (a - b).abs() < 1e-5);
+            assert!(same, "{filter}: {scores:?} {best:?}");
+            assert!(lists[0].iter().all(|hit| keeps(hit.id, &self.model[&hit.id].1)), "{filter}");
+        }
         for city in 0..4 {
             let filter = by_city(city);
             let parsed = Filter::parse(&filter, "filter").expect("good");
@@ -225,7 +262,7 @@ impl Rig {
             best.sort_by(|a, b| b.total_cmp(a));
             best.truncate(5);
             let legs = vec![
-                Leg::Dense { using: String::new(), vector: query, exact: false, ef: None },
+                Leg::Dense { using: String::new(), vector: query, exact: false, ef: Some(EF) },
                 Leg::Text { query: format!("word{city}") },
             ];
             let (payload, vectors) = (Select::Nothing, Select::Nothing);
@@ -256,12 +293,70 @@ fn unit(vector: &[f32]) -> Vec<f32> {
 
 fn point(id: u8, x: i8, city: u8) -> Point {
     let vector = vec![f32::from(x) / 16.0, 1.0, f32::from(id) / 8.0, -0.5];
-    let payload = json!({"city": city, "text": format!("word{} common text", (id + city) % 5)});
+    let mut payload = json!({
+        "city": city,
+        "text": format!("word{} common text", (id + city) % 5),
+        "tags": [city, id % 4],
+        "at": {"depth": id % 5},
+        "parts": [{"kind": id % 2, "size": x}, {"kind": 1 - id % 2, "size": -i16::from(x)}],
+    });
+    if !id.is_multiple_of(3) {
+        payload["price"] = json!(x);
+    }
     Point {
         id: PointId::Num(u64::from(id)),
         vectors: vec![(String::new(), vector)],
         payload: payload.to_string(),
     }
+}
+
+fn one_of_many(id: u64) -> Point {
+    let at = |step: u64| ((id * step) % 997) as f32 / 498.5 - 1.0;
+    let like = point((id % 251) as u8, (id % 101) as i8, (id % 4) as u8);
+    let vectors = vec![(String::new(), vec![at(31), at(57), at(101), at(211)])];
+    Point { id: PointId::Num(id), vectors, ..like }
+}
+
+/// Filters, each with what it means.
+fn filters() -> Vec<(Value, fn(PointId, &Value) -> bool)> {
+    fn is(payload: &Value, field: &str, wanted: i64) -> bool {
+        payload[field] == json!(wanted)
+    }
+    fn depth(payload: &Value) -> i64 {
+        payload["at"]["depth"].as_i64().unwrap_or(-1)
+    }
+    let city = |city: u8| json!({"key": "city", "match": {"value": city}});
+    vec![
+        (json!({"must": [city(1), {"key": "price", "range": {"gte": 0, "lt": 50}}]}), |_, payload| {
+            is(payload, "city", 1) && payload["price"].as_i64().is_some_and(|price| (0..50).contains(&price))
+        }),
+        (json!({"should": [city(0), city(2)], "must_not": [{"key": "at.depth", "match": {"value": 3}}]}), {
+            |_, payload| (is(payload, "city", 0) || is(payload, "city", 2)) && depth(payload) != 3
+        }),
+        (json!({"must": [{"is_empty": {"key": "price"}}]}), |_, payload| payload.get("price").is_none()),
+        (json!({"must": [{"has_id": [1, 2, 39, 1003]}], "must_not": [city(3)]}), |id, payload| {
+            [1, 2, 39, 1003].map(PointId::Num).contains(&id) && !is(payload, "city", 3)
+        }),
+        (json!({"must": [{"key": "tags", "match": {"any": [0, 3]}}]}), |_, payload| {
+            let tags = payload["tags"].as_array().expect("a list");
+            tags.contains(&json!(0)) || tags.contains(&json!(3))
+        }),
+        (
+            json!({"must": [{"nested": {"key": "parts", "filter": {"must": [
+                {"key": "kind", "match": {"value": 1}}, {"key": "size", "range": {"lt": 0}},
+            ]}}}]}),
+            |_, payload| {
+                let parts = payload["parts"].as_array().expect("a list");
+                parts
+                    .iter()
+                    .any(|part| is(part, "kind", 1) && part["size"].as_i64().is_some_and(|size| size < 0))
+            },
+        ),
+        (
+            json!({"must": [{"should": [city(1), {"key": "at.depth", "range": {"gt": 2}}]}, {"must_not": [city(2)]}]}),
+            { |_, payload| (is(payload, "city", 1) || depth(payload) > 2) && !is(payload, "city", 2) },
+        ),
+    ]
 }
 
 fn by_city(city: u8) -> Value {
