@@ -10,6 +10,7 @@
 //! | [`codec`] | versioned binary encoding; the only place that names bincode |
 //! | [`collection`] | schema of a collection: vectors, text fields, payload indexes, embedder |
 //! | [`filter`] | payload filters: parsed from JSON with limits, evaluated by the engine |
+//! | [`level`] | what nodes of different builds may write and say to each other |
 //! | [`position`] | shard positions and the token that carries them |
 //! | [`peer`], [`parser`] | code generated from `proto/*.proto` |
 
@@ -18,6 +19,7 @@ pub mod collection;
 pub mod error;
 pub mod filter;
 pub mod ids;
+pub mod level;
 pub mod planted;
 pub mod position;
 
@@ -39,4 +41,5 @@ pub use collection::{
 pub use error::{Error, ErrorCode, Result};
 pub use filter::Filter;
 pub use ids::{BlobHash, DocumentId, GroupId, NodeId, PointId, RequestId, Route, ShardId};
+pub use level::Level;
 pub use position::Position;

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
-use shoal_proto::{CollectionConfig, Error, FieldType, NodeId, RequestId, Route, ShardId};
+use shoal_proto::{CollectionConfig, Error, FieldType, Level, NodeId, RequestId, Route, ShardId};
 
 use super::Drain;
 
@@ -181,6 +181,56 @@ pub enum Command {
         /// The attempt.
         reshard: RequestId,
     },
+    /// As [`Command::AddNode`], which is refused to new nodes once levels are in force.
+    AdmitNode {
+        /// Host name or ordinal: only a name.
+        name: String,
+        /// A UUID made once per data directory.
+        incarnation: String,
+        /// Where it listens.
+        addresses: Addresses,
+        /// Failure domain; empty when unknown.
+        zone: String,
+        /// The highest level that its build knows.
+        level: Level,
+    },
+    /// Brings a level into force.
+    RaiseLevel {
+        /// The level.
+        level: Level,
+        /// The nodes that have promised to keep to it: refused when the members are others.
+        nodes: BTreeSet<NodeId>,
+    },
+}
+
+impl Command {
+    /// The level that must be in force before it is proposed.
+    pub fn level(&self) -> Level {
+        match self {
+            Command::AdmitNode { .. } => Level::JOINS_TELL_LEVELS,
+            // Before it is in the log, all that will read it have promised that they can.
+            Command::RaiseLevel { .. } => Level::FIRST,
+            Command::CreateCluster { .. }
+            | Command::AddNode { .. }
+            | Command::UpdateNode { .. }
+            | Command::RemoveNode { .. }
+            | Command::CreateCollection { .. }
+            | Command::DeleteCollection { .. }
+            | Command::SetPayloadIndex { .. }
+            | Command::SetAttributes { .. }
+            | Command::SetAlias { .. }
+            | Command::SetReplicas { .. }
+            | Command::SetDrain { .. }
+            | Command::PausePlacement { .. }
+            | Command::SetReplicationFactor { .. }
+            | Command::BeginRestore { .. }
+            | Command::EndRestore { .. }
+            | Command::AbortRestore { .. }
+            | Command::BeginReshard { .. }
+            | Command::EndReshard { .. }
+            | Command::AbortReshard { .. } => Level::FIRST,
+        }
+    }
 }
 
 /// What the control group answered.

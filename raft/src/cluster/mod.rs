@@ -14,4 +14,6 @@ mod tests;
 
 pub use command::{Addresses, Command, Response};
 pub use saved::{read, write};
-pub use state::{Alias, ClusterState, Collection, Drain, MAX_SHARDS, Node, Origin, Reshard, Restore, Shard};
+pub use state::{
+    Alias, ClusterState, Collection, Drain, MAX_SHARDS, Node, Origin, Reshard, Restore, Shard, too_old,
+};

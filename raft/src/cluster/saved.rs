@@ -1,20 +1,29 @@
 //! How the control group's state is stored and sent, and how what earlier versions wrote is read.
 //!
 //! The first byte is the format's number. Each format that is not written any more is a value of its
-//! own that turns into the next one; a test reads bytes that each of them has written.
+//! own that turns into the next one; a test reads bytes that each of them has written. As long as the first
+//! level is in force, there may be nodes that know no format but the fourth, and it is what is written.
 
 use serde::de::DeserializeOwned;
+use shoal_proto::Level;
 use shoal_proto::codec::{self, CodecError};
 
 use super::ClusterState;
 
 /// The format that [`write()`] writes. The first one had no number: its bytes begin with the codec's
 /// own, which was 1.
-const FORMAT: u8 = 4;
+const FORMAT: u8 = 5;
+/// The format of the first level.
+const FORMAT_OF_FIRST_LEVEL: u8 = 4;
 
-/// The bytes of a state, with where in the log it was taken.
+/// The bytes of a state, with where in the log it was taken. Every build that knows the state's level can read
+/// them.
 pub fn write(tag: &Option<Vec<u8>>, state: &ClusterState) -> Vec<u8> {
-    [&[FORMAT][..], &codec::encode(&(tag, state))].concat()
+    let (format, bytes) = match state.level {
+        Level::FIRST => (FORMAT_OF_FIRST_LEVEL, codec::encode(&(tag, v4::ClusterState::from(state)))),
+        _ => (FORMAT, codec::encode(&(tag, state))),
+    };
+    [&[format][..], &bytes].concat()
 }
 
 /// Reads what [`write()`] wrote, now or in an earlier version.
@@ -27,6 +36,7 @@ pub fn read(bytes: &[u8]) -> Result<(Option<Vec<u8>>, ClusterState), CodecError>
         Some((1, _)) => decode::<v1::ClusterState>(bytes),
         Some((2, body)) => decode::<v2::ClusterState>(body),
         Some((3, body)) => decode::<v3::ClusterState>(body),
+        Some((&FORMAT_OF_FIRST_LEVEL, body)) => decode::<v4::ClusterState>(body),
         Some((&FORMAT, body)) => decode::<ClusterState>(body),
         Some((other, _)) => Err(CodecError::UnknownVersion(*other)),
     }
@@ -209,7 +219,7 @@ mod v3 {
             };
             let collections =
                 old.collections.into_iter().map(|(name, known)| (name, collection(known))).collect();
-            super::super::ClusterState {
+            let next = super::v4::ClusterState {
                 version: old.version,
                 cluster_id: old.cluster_id,
                 nodes: old.nodes,
@@ -224,6 +234,79 @@ mod v3 {
                 last_node: old.last_node,
                 last_shard: old.last_shard,
                 answered: old.answered,
+            };
+            next.into()
+        }
+    }
+}
+
+/// The fourth format: the only level was the first.
+mod v4 {
+    use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+    use serde::{Deserialize, Serialize};
+    use shoal_proto::{Level, NodeId, RequestId, ShardId};
+
+    use super::super::{Alias, Collection, Node, Reshard, Response, Restore, Shard};
+
+    #[derive(Serialize, Deserialize)]
+    pub(super) struct ClusterState {
+        pub(super) version: u64,
+        pub(super) cluster_id: String,
+        pub(super) nodes: BTreeMap<NodeId, Node>,
+        pub(super) removed: BTreeSet<NodeId>,
+        pub(super) gone: BTreeMap<String, NodeId>,
+        pub(super) is_placement_paused: bool,
+        pub(super) collections: BTreeMap<String, Collection>,
+        pub(super) aliases: BTreeMap<Alias, String>,
+        pub(super) restoring: BTreeMap<String, Restore>,
+        pub(super) resharding: BTreeMap<String, Reshard>,
+        pub(super) shards: BTreeMap<ShardId, Shard>,
+        pub(super) last_node: u64,
+        pub(super) last_shard: u64,
+        pub(super) answered: VecDeque<(RequestId, Response)>,
+    }
+
+    impl From<ClusterState> for super::super::ClusterState {
+        fn from(old: ClusterState) -> Self {
+            super::super::ClusterState {
+                version: old.version,
+                cluster_id: old.cluster_id,
+                level: Level::FIRST,
+                nodes: old.nodes,
+                removed: old.removed,
+                gone: old.gone,
+                is_placement_paused: old.is_placement_paused,
+                collections: old.collections,
+                aliases: old.aliases,
+                restoring: old.restoring,
+                resharding: old.resharding,
+                shards: old.shards,
+                last_node: old.last_node,
+                last_shard: old.last_shard,
+                answered: old.answered,
+            }
+        }
+    }
+
+    impl From<&super::super::ClusterState> for ClusterState {
+        fn from(state: &super::super::ClusterState) -> Self {
+            let state = state.clone();
+            ClusterState {
+                version: state.version,
+                cluster_id: state.cluster_id,
+                nodes: state.nodes,
+                removed: state.removed,
+                gone: state.gone,
+                is_placement_paused: state.is_placement_paused,
+                collections: state.collections,
+                aliases: state.aliases,
+                restoring: state.restoring,
+                resharding: state.resharding,
+                shards: state.shards,
+                last_node: state.last_node,
+                last_shard: state.last_shard,
+                answered: state.answered,
             }
         }
     }
@@ -231,6 +314,8 @@ mod v3 {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use shoal_proto::NodeId;
 
     use super::super::{Addresses, Command, Drain};
@@ -249,9 +334,14 @@ mod tests {
             });
         }
         state.apply(Command::SetDrain { node: NodeId(2), drain: Drain::Yes });
-        let bytes = write(&Some(vec![7]), &state);
-        assert_eq!(read(&bytes).expect("whole"), (Some(vec![7]), state));
-        assert!(read(&bytes[..bytes.len() - 1]).is_err());
+        for format in [FORMAT_OF_FIRST_LEVEL, FORMAT] {
+            let bytes = write(&Some(vec![7]), &state);
+            assert_eq!(bytes[0], format, "at level {}", state.level);
+            assert_eq!(read(&bytes).expect("whole"), (Some(vec![7]), state.clone()));
+            assert!(read(&bytes[..bytes.len() - 1]).is_err());
+            let nodes = BTreeSet::from([NodeId(1), NodeId(2)]);
+            state.apply(Command::RaiseLevel { level: Level::LATEST, nodes });
+        }
         assert!(matches!(read(&[9, 9]), Err(CodecError::UnknownVersion(9))));
     }
 
@@ -295,6 +385,17 @@ mod tests {
         assert_eq!(origins, shards, "a collection was made with the shards that it had");
         assert_eq!(origins.len(), 2);
         assert!(state.resharding.is_empty());
+    }
+
+    /// As the build of 2026-11-22 wrote it that knew no levels: such nodes must be able to read what is written
+    /// as long as there may be some.
+    #[test]
+    fn what_the_fourth_format_has_written_is_read_and_written() {
+        let bytes = include_bytes!("../../testdata/cluster-state-4.bin");
+        let (tag, state) = read(bytes).expect("whole");
+        assert_eq!((state.level, state.nodes.len()), (Level::FIRST, 1));
+        assert_eq!(state.collection("kept").expect("known").1.origins.len(), 2);
+        assert_eq!(write(&tag, &state), bytes);
     }
 
     const TAG_BYTES: usize = 16;

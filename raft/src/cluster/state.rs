@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use serde::{Deserialize, Serialize};
 use shoal_proto::collection::validate_name;
 use shoal_proto::{
-    CollectionConfig, Error, ErrorCode, FieldType, GroupId, NodeId, PointId, Position, RequestId, Route,
-    ShardId,
+    CollectionConfig, Error, ErrorCode, FieldType, GroupId, Level, NodeId, PointId, Position, RequestId,
+    Route, ShardId,
 };
 
 use super::placement;
@@ -132,6 +132,8 @@ pub struct ClusterState {
     pub version: u64,
     /// A UUID as text; empty until the cluster is created.
     pub cluster_id: String,
+    /// What the members may write and say to each other. Never lowered.
+    pub level: Level,
     /// Members by id.
     pub nodes: BTreeMap<NodeId, Node>,
     /// Ids that were members once. They never come back.
@@ -183,11 +185,23 @@ impl ClusterState {
     }
 
     fn transition(&mut self, command: Command) -> Result<Response, Error> {
+        let needed = command.level();
+        if needed > self.level {
+            return Err(conflict(format!(
+                "the cluster works at level {}, and this needs {needed}",
+                self.level
+            )));
+        }
         match command {
             Command::CreateCluster { cluster_id } => self.create_cluster(cluster_id),
             Command::AddNode { name, incarnation, addresses, zone } => {
-                self.add_node(Node { name, incarnation, addresses, zone, drain: Drain::No })
+                let node = Node { name, incarnation, addresses, zone, drain: Drain::No };
+                self.add_node(node, Level::FIRST)
             }
+            Command::AdmitNode { name, incarnation, addresses, zone, level } => {
+                self.add_node(Node { name, incarnation, addresses, zone, drain: Drain::No }, level)
+            }
+            Command::RaiseLevel { level, nodes } => self.raise_level(level, &nodes),
             Command::UpdateNode { node, addresses } => {
                 let known = self.nodes.get_mut(&node).ok_or_else(|| unknown_node(node))?;
                 known.addresses = addresses;
@@ -274,7 +288,20 @@ impl ClusterState {
         Ok(Response::Done)
     }
 
-    fn add_node(&mut self, node: Node) -> Result<Response, Error> {
+    fn raise_level(&mut self, level: Level, nodes: &BTreeSet<NodeId>) -> Result<Response, Error> {
+        if level <= self.level {
+            return Ok(Response::Done);
+        }
+        if !self.nodes.keys().eq(nodes) {
+            return Err(conflict(format!(
+                "other nodes are members now than promised to keep to level {level}"
+            )));
+        }
+        self.level = level;
+        Ok(Response::Done)
+    }
+
+    fn add_node(&mut self, node: Node, level: Level) -> Result<Response, Error> {
         if let Some(id) = self.gone.get(&node.incarnation) {
             return Err(conflict(format!(
                 "this data directory is that of node {id}, which was removed from the cluster: with an empty one it \
@@ -285,6 +312,9 @@ impl ClusterState {
         if let Some((id, known)) = known {
             known.addresses = node.addresses;
             return Ok(Response::NodeAdded(*id));
+        }
+        if level < self.level {
+            return Err(too_old(level, self.level));
         }
         self.last_node += 1;
         let id = NodeId(self.last_node);
@@ -598,6 +628,14 @@ fn check_count(field: &str, count: u32, most: u32) -> Result<(), Error> {
 
 pub(super) fn conflict(message: impl std::fmt::Display) -> Error {
     Error::new(ErrorCode::Conflict, message)
+}
+
+/// Why a node of a build that knows no more than a level does not belong to a cluster of a higher one.
+pub fn too_old(level: Level, in_force: Level) -> Error {
+    conflict(format!(
+        "the cluster works at level {in_force}, and this node's build knows no more than level {level}: run one that \
+         is at least as new as those of the other nodes"
+    ))
 }
 
 fn unknown_node(node: NodeId) -> Error {

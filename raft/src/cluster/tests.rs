@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::path::Path;
 
-use shoal_proto::{CollectionConfig, Distance, NodeId, RequestId, Route, ShardId, VectorParams};
+use shoal_proto::{CollectionConfig, Distance, Level, NodeId, RequestId, Route, ShardId, VectorParams};
 
 use super::*;
 
@@ -59,6 +59,16 @@ fn step(state: &mut ClusterState, words: &[&str]) -> String {
             addresses: Addresses { grpc: format!("{name}:6334"), ..Addresses::default() },
             zone: zone.first().copied().unwrap_or_default().to_owned(),
         },
+        ["admit-node", name, incarnation, level] => Command::AdmitNode {
+            name: (*name).to_owned(),
+            incarnation: (*incarnation).to_owned(),
+            addresses: Addresses::default(),
+            zone: String::new(),
+            level: Level(number(level) as u32),
+        },
+        ["raise-level", level, nodes] => {
+            Command::RaiseLevel { level: Level(number(level) as u32), nodes: set(nodes) }
+        }
         ["remove-node", node] => Command::RemoveNode { node: NodeId(number(node)) },
         ["create", name, shards, replicas, request] => {
             let config = vectors_of_four();
@@ -160,6 +170,9 @@ fn vectors_of_four() -> CollectionConfig {
 
 fn show(state: &ClusterState) -> String {
     let mut text = format!("version {}\n", state.version);
+    if state.level > Level::FIRST {
+        writeln!(text, "level {}", state.level).expect("a string takes writes");
+    }
     for (id, node) in &state.nodes {
         let drain = if node.drain == Drain::No { String::new() } else { format!(" drain {:?}", node.drain) };
         writeln!(text, "node {id} {} {}{drain}", node.name, node.zone).expect("a string takes writes");
