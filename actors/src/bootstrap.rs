@@ -23,9 +23,9 @@ use serde::{Deserialize, Serialize};
 use shoal_engine::files::{self, sync_dir};
 use shoal_proto::peer::{HelloReply, HelloRequest, JoinRequest};
 use shoal_proto::planted::crash_point;
-use shoal_proto::{Error, ErrorCode, NodeId};
+use shoal_proto::{Error, ErrorCode, Level, NodeId};
 use shoal_raft::Peers;
-use shoal_raft::cluster::Addresses;
+use shoal_raft::cluster::{Addresses, too_old};
 
 /// How long one round of greetings may take per address.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(2);
@@ -38,8 +38,9 @@ const ROUND_PAUSE: Duration = Duration::from_millis(200);
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NodeFile {
-    /// Layout of the data directory.
-    pub format: u32,
+    /// The level that a build must know to go on with the data directory: what the node has promised to the
+    /// cluster. To builds that know no levels it is the layout of the directory, of which they know 1.
+    format: u32,
     /// A UUID made once per data directory.
     pub incarnation: String,
     /// Zero until the cluster has given one.
@@ -49,9 +50,6 @@ pub struct NodeFile {
     /// Over everything else: a flipped bit must not make this node another one.
     checksum: String,
 }
-
-/// The layout of the data directory that this build writes.
-const FORMAT: u32 = 1;
 
 impl NodeFile {
     /// Reads the file, or makes one with a fresh incarnation and stores it durably.
@@ -71,11 +69,12 @@ impl NodeFile {
                 if file.checksum != file.sum() {
                     return Err(damaged("wrong checksum".to_owned()));
                 }
-                match file.format {
-                    FORMAT => Ok(file),
-                    other => Err(io::Error::other(format!(
-                        "data directory format {other} is not known to this build"
-                    ))),
+                match file.promised() {
+                    Level(0) => Err(damaged("no level".to_owned())),
+                    promised if promised > Level::LATEST => {
+                        Err(io::Error::other(too_old(Level::LATEST, promised)))
+                    }
+                    _ => Ok(file),
                 }
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -90,7 +89,7 @@ impl NodeFile {
     /// A node that belongs to no cluster yet.
     fn fresh() -> NodeFile {
         NodeFile {
-            format: FORMAT,
+            format: Level::FIRST.0,
             incarnation: uuid::Uuid::new_v4().to_string(),
             node: NodeId(0),
             cluster_id: String::new(),
@@ -108,6 +107,16 @@ impl NodeFile {
         self.checksum = self.sum();
         let content = serde_json::to_vec_pretty(self).map_err(io::Error::other)?;
         files::replace(&dir.join("node.json"), &content)
+    }
+
+    /// The level that only builds which know it may go on from here.
+    pub fn promised(&self) -> Level {
+        Level(self.format)
+    }
+
+    /// Promises a level, once it is saved.
+    pub fn promise(&mut self, level: Level) {
+        self.format = self.format.max(level.0);
     }
 
     /// Whether the node belongs to a cluster.
@@ -142,19 +151,24 @@ pub enum Found {
         node: NodeId,
         /// The cluster.
         cluster_id: String,
+        /// The level that is in force there.
+        level: Level,
     },
 }
 
 /// Searches until the node can join or must create. Never gives up: an operator sees in the
 /// log what is being waited for.
-pub async fn find_cluster(peers: &Peers, discovery: &Discovery, file: &NodeFile) -> Found {
+///
+/// # Errors
+/// Conflict, when the cluster works at a level that this build does not know.
+pub async fn find_cluster(peers: &Peers, discovery: &Discovery, file: &NodeFile) -> Result<Found, Error> {
     let mut rounds = 0u32;
     loop {
-        let greetings = greet(peers, discovery).await;
+        let greetings = greet(peers, discovery).await?;
         match decide(&discovery.name, discovery.expect, &greetings) {
-            Decision::Create => return Found::Create,
+            Decision::Create => return Ok(Found::Create),
             Decision::Join(address) => match join(peers, discovery, file, &address, false).await {
-                Ok(found) => return found,
+                Ok(found) => return Ok(found),
                 Err(error) => tracing::warn!(%error, address, "could not join yet; will try again"),
             },
             Decision::Wait(reason) if rounds.is_multiple_of(25) => {
@@ -195,17 +209,30 @@ fn decide(name: &str, expect: usize, greetings: &BTreeMap<String, (String, Strin
     }
 }
 
-async fn greet(peers: &Peers, discovery: &Discovery) -> BTreeMap<String, (String, String)> {
+/// Greets every known address once.
+///
+/// # Errors
+/// Conflict, when one belongs to a cluster of a level that this build does not know.
+async fn greet(peers: &Peers, discovery: &Discovery) -> Result<BTreeMap<String, (String, String)>, Error> {
     let mut greetings = BTreeMap::new();
     for address in resolve(&discovery.join).await {
         let request = HelloRequest { name: discovery.name.clone(), ..HelloRequest::default() };
         if let Some(reply) = hello(peers, request, &address).await
             && reply.name != discovery.name
         {
+            check_level(&reply)?;
             greetings.insert(address, (reply.name, reply.cluster_id));
         }
     }
-    greetings
+    Ok(greetings)
+}
+
+/// Checks that this build knows the level of the cluster that a node belongs to.
+fn check_level(reply: &HelloReply) -> Result<(), Error> {
+    match Level::from_wire(reply.cluster_level) {
+        in_force if in_force > Level::LATEST => Err(too_old(Level::LATEST, in_force)),
+        _ => Ok(()),
+    }
 }
 
 async fn hello(peers: &Peers, request: HelloRequest, address: &str) -> Option<HelloReply> {
@@ -246,7 +273,8 @@ pub async fn resolve(targets: &[String]) -> Vec<String> {
 /// damaged files are moved into a folder beside, in place of what was there from another time.
 ///
 /// # Errors
-/// Unavailable, when no member answers in [`REJOIN_LIMIT`] or the cluster needs what is there.
+/// Unavailable, when no member answers in [`REJOIN_LIMIT`] or the cluster needs what is there; conflict, when this
+/// build does not know the cluster's level.
 pub async fn rejoin(
     peers: &Peers,
     discovery: &Discovery,
@@ -258,13 +286,14 @@ pub async fn rejoin(
     let mut refusal = "no member of the cluster answers".to_owned();
     let end = Instant::now() + REJOIN_LIMIT;
     while Instant::now() < end {
-        for (address, (_, cluster)) in greet(peers, discovery).await {
+        for (address, (_, cluster)) in greet(peers, discovery).await? {
             if cluster.is_empty() {
                 continue;
             }
             match join(peers, discovery, &file, &address, true).await {
-                Ok(Found::Joined { node, cluster_id }) => {
+                Ok(Found::Joined { node, cluster_id, level }) => {
                     (file.node, file.cluster_id) = (node, cluster_id);
+                    file.promise(level);
                     crash_point("rejoin-joined");
                     set_aside(dir).map_err(Error::internal)?;
                     file.save(dir).map_err(Error::internal)?;
@@ -325,16 +354,30 @@ async fn join(
         mesh_address: discovery.addresses.mesh.clone(),
         zone: discovery.zone.clone(),
         gives_up,
+        level: Level::LATEST.0,
     };
     let reply = client.join(request).await.map_err(|status| unavailable(status.message()))?.into_inner();
-    Ok(Found::Joined { node: NodeId(reply.node_id), cluster_id: reply.cluster_id })
+    let level = Level::from_wire(reply.level);
+    Ok(Found::Joined { node: NodeId(reply.node_id), cluster_id: reply.cluster_id, level })
+}
+
+/// Why a node does not belong to its cluster, or not any more.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Unwelcome {
+    /// It was removed.
+    Removed,
+    /// Its build does not know the level that is in force.
+    TooOld(Level),
 }
 
 /// Learns the present addresses of members directly, for a restart at which the addresses in
-/// the cluster's state may all be out of date. A node that was removed while it was away is told so
-/// by nobody else: returns whether this one was.
-pub async fn learn_addresses(peers: &Peers, discovery: &Discovery, file: &NodeFile) -> bool {
-    let mut is_removed = false;
+/// the cluster's state may all be out of date. A node that was removed while it was away, or that the
+/// cluster has outgrown, is told so by nobody else.
+///
+/// # Errors
+/// What speaks against this node.
+pub async fn learn_addresses(peers: &Peers, discovery: &Discovery, file: &NodeFile) -> Result<(), Unwelcome> {
+    let mut unwelcome = None;
     for address in resolve(&discovery.join).await {
         let request = HelloRequest {
             name: discovery.name.clone(),
@@ -345,11 +388,15 @@ pub async fn learn_addresses(peers: &Peers, discovery: &Discovery, file: &NodeFi
             && reply.node_id != 0
             && reply.cluster_id == file.cluster_id
         {
-            is_removed |= reply.is_removed;
+            if reply.is_removed {
+                unwelcome = Some(Unwelcome::Removed);
+            } else if check_level(&reply).is_err() {
+                unwelcome = unwelcome.or(Some(Unwelcome::TooOld(Level::from_wire(reply.cluster_level))));
+            }
             peers.set_address(NodeId(reply.node_id), &address);
         }
     }
-    is_removed
+    unwelcome.map_or(Ok(()), Err)
 }
 
 #[cfg(test)]
@@ -383,5 +430,20 @@ mod tests {
         let again = NodeFile::open(dir.path()).expect("read");
         assert_eq!(first, again);
         assert!(!first.is_member());
+    }
+
+    #[test]
+    fn the_node_file_keeps_builds_out_that_do_not_know_its_level() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let mut file = NodeFile::open(dir.path()).expect("made");
+        file.promise(Level::LATEST);
+        file.save(dir.path()).expect("saved");
+        assert_eq!(NodeFile::open(dir.path()).expect("read").promised(), Level::LATEST);
+        file.promise(Level(Level::LATEST.0 + 1));
+        file.save(dir.path()).expect("saved");
+        let refused = NodeFile::open(dir.path()).expect_err("this build does not know it");
+        // Not damaged: then the node would give up what it has.
+        assert_ne!(refused.kind(), io::ErrorKind::InvalidData);
+        assert!(refused.to_string().contains("run one that is at least as new"), "{refused}");
     }
 }

@@ -1,10 +1,12 @@
 //! What nodes ask of each other about a group, besides Raft itself. One enum, versioned by the
-//! codec; the same bytes travel over the actor mesh (small) and over gRPC (any size).
+//! codec; the same bytes travel over the actor mesh (small) and over gRPC (any size). A node of an earlier build
+//! refuses what it does not know, and fails to read what has grown: what is new is a new variant, asked only when
+//! its level is in force ([`shoal_proto::level`]).
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use shoal_engine::command::{Answer, Read};
-use shoal_proto::{BlobHash, Error, GroupId, NodeId};
+use shoal_proto::{BlobHash, Error, GroupId, Level, NodeId};
 
 use crate::embed::TextKind;
 use crate::parse::Parsed;
@@ -101,6 +103,11 @@ pub(crate) enum Call {
         after: u64,
         /// About how many bytes, at most.
         limit_bytes: u64,
+    },
+    /// Promise that only builds that know a level will open your data directory. Asked of nodes that know it.
+    PromiseLevel {
+        /// The level.
+        level: Level,
     },
 }
 

@@ -29,6 +29,7 @@ use crate::backup::{Backups, Job};
 use crate::blobs::BlobStore;
 use crate::call::{Call, Consistency, Reply};
 use crate::latencies::Latencies;
+use crate::levels::Promise;
 use crate::limits;
 use crate::mesh;
 use crate::placement::Plan;
@@ -113,6 +114,8 @@ struct Inner {
     work: std::sync::OnceLock<Work>,
     /// Set once, while the node starts.
     backups: std::sync::OnceLock<Backups>,
+    /// Set once, before anything is served.
+    promise: std::sync::OnceLock<Arc<Promise>>,
 }
 
 impl Cluster {
@@ -132,6 +135,7 @@ impl Cluster {
             plan: RwLock::default(),
             work: std::sync::OnceLock::new(),
             backups: std::sync::OnceLock::new(),
+            promise: std::sync::OnceLock::new(),
         };
         Cluster { inner: Arc::new(inner) }
     }
@@ -182,6 +186,14 @@ impl Cluster {
         drop(self.inner.backups.set(backups));
     }
 
+    pub(crate) fn set_promise(&self, promise: Arc<Promise>) {
+        drop(self.inner.promise.set(promise));
+    }
+
+    pub(crate) fn promise(&self) -> Option<&Arc<Promise>> {
+        self.inner.promise.get()
+    }
+
     /// What this node does with a backup, or did last.
     pub(crate) fn backup_job(&self) -> Option<Job> {
         self.inner.backups.get().and_then(Backups::job)
@@ -218,12 +230,14 @@ impl Cluster {
     /// Puts a command through the control group.
     ///
     /// # Errors
-    /// What the control group refused; unavailable or unknown when it did not answer in time.
+    /// What the control group refused; conflict while a node of an earlier build would not understand the
+    /// command; unavailable or unknown when the control group did not answer in time.
     pub async fn control(
         &self,
         command: cluster::Command,
         deadline: Instant,
     ) -> Result<cluster::Response, Error> {
+        self.require(command.level()).await?;
         let bytes =
             self.propose(GroupId::CONTROL, codec::encode(&command).into(), (true, false), deadline).await?.1;
         match codec::decode(&bytes)? {
@@ -253,8 +267,8 @@ impl Cluster {
     /// request id. Returns the outcome and the log index it was applied at.
     ///
     /// # Errors
-    /// What the shard refused; busy, unavailable, disk full: nothing was done; unknown: it may
-    /// have been.
+    /// What the shard refused; busy, unavailable, disk full: nothing was done; conflict: neither, since a node
+    /// of an earlier build would not understand it; unknown: it may have been.
     pub async fn write(
         &self,
         shard: ShardId,
@@ -266,6 +280,7 @@ impl Cluster {
         if grows && !self.is_writable() {
             return Err(disk_full());
         }
+        self.require(command.level()).await?;
         let bytes: Bytes = Envelope::bytes(request_id, unix_now(), command).into();
         let is_idempotent = request_id.is_some() || is_idempotent(command);
         let (index, outcome) = self.propose(shard.into(), bytes, (is_idempotent, grows), deadline).await?;
@@ -614,6 +629,10 @@ impl Cluster {
                 let applied = group.applied();
                 Ok(Reply::Tail(group.applied_after(after, limit_bytes as usize).await?, applied))
             }
+            Call::PromiseLevel { level } => Ok(match self.promise_level(level).await {
+                Ok(()) => Reply::Done,
+                Err(error) => Reply::Failed(error),
+            }),
             work @ (Call::Parse { .. } | Call::Embed { .. }) => Ok(match self.work() {
                 Some(pool) => pool.serve(work).await,
                 None => Reply::Failed(Error::unavailable("this node is still starting")),

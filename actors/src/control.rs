@@ -8,11 +8,13 @@ use std::sync::Arc;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use shoal_engine::files;
-use shoal_proto::{ErrorCode, codec};
-use shoal_raft::cluster::{self, ClusterState, Command, Response};
+use shoal_proto::{ErrorCode, Level, codec};
+use shoal_raft::cluster::{self, ClusterState, Command, Response, too_old};
 use shoal_raft::machine::Exported;
 use shoal_raft::{Committed, Export, StateMachine};
 use tokio::sync::watch;
+
+use crate::levels;
 
 struct Held {
     tag: Option<Vec<u8>>,
@@ -67,6 +69,9 @@ fn unseal(bytes: &[u8]) -> io::Result<Held> {
     // Whole, but of another version.
     let read = cluster::read(body);
     let (tag, state) = read.map_err(|error| io::Error::other(format!("cluster state: {error}")))?;
+    if state.level > Level::LATEST {
+        return Err(io::Error::other(too_old(Level::LATEST, state.level)));
+    }
     Ok(Held { tag, state })
 }
 
@@ -96,6 +101,10 @@ impl StateMachine for Control {
                     format!("command: {error}"),
                 )),
             };
+            if held.state.level > Level::LATEST {
+                // What follows in the log may mean anything.
+                levels::exit_too_old(held.state.level);
+            }
             held.tag = Some(entry.tag);
             replies.push(codec::encode(&response).into());
         }

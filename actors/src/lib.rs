@@ -25,6 +25,7 @@
 //! | [`backup`] | everything to a directory or to S3, and back |
 //! | [`entries`], [`routing`] | points cut into log entries; writes and reads that follow the shard map |
 //! | [`reshard`] | splitting and merging shards while they are used |
+//! | [`levels`] | nodes of different builds in one cluster, and what waits until they are the same |
 //! | [`tls`] | encryption between nodes |
 //! | [`root`] | start and stop |
 //!
@@ -42,6 +43,7 @@ pub mod embed;
 pub mod entries;
 mod ingest;
 mod latencies;
+pub mod levels;
 pub mod limits;
 mod mesh;
 pub mod parse;
@@ -66,3 +68,5 @@ pub use root::{NodeConfig, Running, start};
 pub const FILES_COLLECTION: &str = "_files";
 /// The exit code of a node that was removed from its cluster.
 pub const EXIT_REMOVED: i32 = 76;
+/// The exit code of a node whose build does not know the level that is in force, as of any that cannot start.
+pub const EXIT_TOO_OLD: i32 = 1;

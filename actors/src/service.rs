@@ -11,8 +11,8 @@ use shoal_proto::peer::{
     BeatReply, BeatRequest, CallReply, CallRequest, FetchStateRequest, GetBlobRequest, HelloReply,
     HelloRequest, JoinReply, JoinRequest, Piece, PutBlobReply, RaftMessage, RaftReply,
 };
-use shoal_proto::{BlobHash, GroupId, NodeId, ShardId, codec};
-use shoal_raft::cluster::{Addresses, Command, Response};
+use shoal_proto::{BlobHash, GroupId, Level, NodeId, ShardId, codec};
+use shoal_raft::cluster::{Addresses, Command, Response, too_old};
 use tokio_stream::StreamExt;
 use tonic::{Request, Status, Streaming};
 
@@ -70,14 +70,17 @@ impl Peer for PeerService {
     async fn hello(&self, request: Request<HelloRequest>) -> Result<tonic::Response<HelloReply>, Status> {
         let identity = self.identity.read().clone();
         let HelloRequest { node_id, cluster_id, .. } = request.into_inner();
+        let state = self.node.get().map(|(cluster, _)| cluster.state());
         let is_removed = cluster_id == identity.cluster_id
-            && self.node.get().is_some_and(|(cluster, _)| cluster.state().removed.contains(&NodeId(node_id)));
+            && state.as_ref().is_some_and(|state| state.removed.contains(&NodeId(node_id)));
         Ok(tonic::Response::new(HelloReply {
             name: identity.name,
             node_id: identity.node.0,
             cluster_id: identity.cluster_id,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             is_removed,
+            level: Level::LATEST.0,
+            cluster_level: state.map_or(0, |state| state.level.0),
         }))
     }
 
@@ -92,19 +95,16 @@ impl Peer for PeerService {
         if request.gives_up {
             can_do_without(cluster, &request.name).await?;
         }
-        let addresses =
-            Addresses { http: request.http_address, grpc: request.grpc_address, mesh: request.mesh_address };
-        let command = Command::AddNode {
-            name: request.name,
-            incarnation: request.incarnation,
-            addresses,
-            zone: request.zone,
-        };
+        let (level, in_force) = (Level::from_wire(request.level), cluster.state().level);
+        if level < in_force {
+            return Err(Status::failed_precondition(too_old(level, in_force).message));
+        }
         let deadline = Instant::now() + Duration::from_secs(10);
-        match cluster.control(command, deadline).await {
+        match cluster.control(admission(request, level, in_force), deadline).await {
             Ok(Response::NodeAdded(node)) => {
-                let cluster_id = cluster.state().cluster_id.clone();
-                Ok(tonic::Response::new(JoinReply { node_id: node.0, cluster_id }))
+                let state = cluster.state();
+                let (cluster_id, level) = (state.cluster_id.clone(), state.level.0);
+                Ok(tonic::Response::new(JoinReply { node_id: node.0, cluster_id, level }))
             }
             Ok(other) => Err(Status::internal(format!("unexpected answer to a join: {other:?}"))),
             Err(error) => Err(Status::unavailable(error.message)),
@@ -192,6 +192,16 @@ impl Peer for PeerService {
             Err(error) => Err(io_status(error)),
         });
         Ok(tonic::Response::new(Box::pin(pieces)))
+    }
+}
+
+/// The command that takes a node in, in a form that all members understand.
+fn admission(request: JoinRequest, level: Level, in_force: Level) -> Command {
+    let JoinRequest { name, incarnation, http_address, grpc_address, mesh_address, zone, .. } = request;
+    let addresses = Addresses { http: http_address, grpc: grpc_address, mesh: mesh_address };
+    match in_force < Level::JOINS_TELL_LEVELS {
+        true => Command::AddNode { name, incarnation, addresses, zone },
+        false => Command::AdmitNode { name, incarnation, addresses, zone, level },
     }
 }
 

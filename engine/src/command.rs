@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use shoal_proto::{
-    BlobHash, ChunkerConfig, DocumentId, Error, FieldType, PointId, RequestId, Route, ShardId, codec,
+    BlobHash, ChunkerConfig, DocumentId, Error, FieldType, Level, PointId, RequestId, Route, ShardId, codec,
 };
 
 /// A command with the id that makes a retry of it harmless.
@@ -269,6 +269,34 @@ pub struct Replay {
 }
 
 impl Command {
+    /// The level that must be in force in the cluster before it is proposed.
+    pub fn level(&self) -> Level {
+        match self {
+            Command::SeedPartial(_) => Level::PARTIAL_ANSWERS,
+            Command::Upsert(_)
+            | Command::Delete(_)
+            | Command::SetPayload { .. }
+            | Command::DeletePayload { .. }
+            | Command::SetPayloadIndex { .. }
+            | Command::PutFile(_)
+            | Command::DeleteFile(_)
+            | Command::AcceptDocument { .. }
+            | Command::NoteProgress { .. }
+            | Command::StageChunks { .. }
+            | Command::PublishDocument { .. }
+            | Command::EndDocument { .. }
+            | Command::SetAttributes { .. }
+            | Command::DeleteDocument(_)
+            | Command::RestoreDocument(_)
+            | Command::RestoreFile(_)
+            | Command::Seed(_)
+            | Command::Replay(_)
+            | Command::EndAdoption { .. }
+            | Command::Freeze { .. }
+            | Command::Thaw { .. } => Level::FIRST,
+        }
+    }
+
     /// What of a command concerns a range of routes; none when nothing does.
     pub fn within(self, first: Route, last: Route) -> Option<Command> {
         let is_in = |route: Route| (first..=last).contains(&route);

@@ -29,7 +29,9 @@ use shoal_engine::command::{
     Answer, Command, Document, Envelope, Point, Read, Replay, Seed, SeedPartial, StagedChunk,
 };
 use shoal_engine::reshard::Refusals;
-use shoal_proto::{CollectionConfig, Error, ErrorCode, GroupId, NodeId, RequestId, Route, ShardId, codec};
+use shoal_proto::{
+    CollectionConfig, Error, ErrorCode, GroupId, Level, NodeId, RequestId, Route, ShardId, codec,
+};
 use shoal_raft::cluster::{self, ClusterState, MAX_SHARDS, Reshard};
 use tokio::task::JoinHandle;
 
@@ -149,13 +151,31 @@ impl ReshardsState {
             return;
         }
         let state = cluster.state();
-        if let Some(name) = state.resharding.keys().next().cloned() {
+        if state.level < Level::PARTIAL_ANSWERS {
+            if let Some(name) = state.resharding.keys().next().cloned() {
+                self.running = Some(Running(tokio::spawn(give_up(cluster.clone(), name))));
+            }
+        } else if let Some(name) = state.resharding.keys().next().cloned() {
             let driver = Driver { cluster: cluster.clone(), scratch: self.arguments.scratch.clone(), name };
             self.running = Some(Running(tokio::spawn(driver.run())));
         } else if self.arguments.limits.split_bytes > 0 && Instant::now() >= self.sizes_at {
             self.sizes_at = Instant::now() + SIZES_EVERY;
             let sizes = split_a_large_one(cluster.clone(), self.arguments.limits.split_bytes);
             self.running = Some(Running(tokio::spawn(sizes)));
+        }
+    }
+}
+
+/// Gives up what a node of an earlier build has begun: its shards may be frozen, and until all nodes are upgraded
+/// the replicas of the new ones would not come to the same state everywhere.
+async fn give_up(cluster: Cluster, name: String) {
+    match cluster.abort_reshard(&name, Instant::now() + STEP_TIMEOUT).await {
+        Ok(()) => tracing::warn!(
+            collection = name,
+            "the change of its shards was given up: it can be ordered again when all nodes are upgraded"
+        ),
+        Err(error) => {
+            tracing::warn!(collection = name, %error, "the change of its shards goes on being given up")
         }
     }
 }
@@ -197,7 +217,7 @@ impl Cluster {
     ///
     /// # Errors
     /// Not found; invalid argument for a number below 2; conflict when the collection's shards are being
-    /// changed already, or would be too many.
+    /// changed already, or would be too many, or not all nodes are upgraded.
     pub async fn split(&self, shard: ShardId, into: u32, deadline: Instant) -> Result<(), Error> {
         let state = self.fresh_state(deadline).await?;
         let known = in_use(&state, shard)?;
@@ -213,7 +233,8 @@ impl Cluster {
     /// Orders that two neighbouring shards become one.
     ///
     /// # Errors
-    /// Not found; conflict when they are no neighbours, or the collection's shards are being changed already.
+    /// Not found; conflict when they are no neighbours, the collection's shards are being changed already, or not
+    /// all nodes are upgraded.
     pub async fn merge(&self, one: ShardId, other: ShardId, deadline: Instant) -> Result<(), Error> {
         let state = self.fresh_state(deadline).await?;
         let (one_known, other_known) = (in_use(&state, one)?, in_use(&state, other)?);
@@ -231,6 +252,7 @@ impl Cluster {
         firsts: Vec<Route>,
         deadline: Instant,
     ) -> Result<(), Error> {
+        self.require(Level::PARTIAL_ANSWERS).await?;
         if name == FILES_COLLECTION {
             let message = "the collection of files keeps the shards that it was made with: the bytes of files lie by them";
             return Err(Error::new(ErrorCode::Conflict, message));

@@ -7,16 +7,17 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ractor::{Actor, ActorRef};
-use shoal_proto::{Error, ErrorCode, GroupId, NodeId};
-use shoal_raft::cluster::{Command, Drain, Response};
+use shoal_proto::{Error, ErrorCode, GroupId, Level, NodeId};
+use shoal_raft::cluster::{Command, Drain, Response, too_old};
 use shoal_raft::{Groups, LogConfig, LogStore, Peers, RaftConfig};
 
 use super::actor::{Root, RootArguments, RootMessage};
 use crate::backup::{BackupConfig, Backups};
 use crate::blobs::BlobStore;
-use crate::bootstrap::{self, Discovery, Found, NodeFile};
+use crate::bootstrap::{self, Discovery, Found, NodeFile, Unwelcome};
 use crate::cluster::Cluster;
 use crate::control::Control;
+use crate::levels::{self, Promise};
 use crate::mesh::MeshArguments;
 use crate::placement::PlacementLimits;
 use crate::reshard::ReshardsArguments;
@@ -106,8 +107,8 @@ impl Disk {
 /// while it looks for its cluster. Returns when the node belongs to a cluster and its parts run.
 ///
 /// # Errors
-/// When something on this node's disk or in its configuration is wrong, or the node has been
-/// removed from its cluster.
+/// When something on this node's disk or in its configuration is wrong, or its build does not know the
+/// level of the cluster.
 pub async fn start(config: NodeConfig, peers: Peers, service: PeerService) -> Result<Running, Error> {
     let disk = match Disk::open(&config, true) {
         Err(error)
@@ -120,11 +121,13 @@ pub async fn start(config: NodeConfig, peers: Peers, service: PeerService) -> Re
     };
     let Disk { mut file, log, control } = disk.map_err(|error| on_disk(&config.data, &error))?;
     if !file.is_member() {
-        let found = bootstrap::find_cluster(&peers, &config.discovery, &file).await;
-        (file.node, file.cluster_id) = match found {
-            Found::Create => (NodeId(1), uuid::Uuid::new_v4().to_string()),
-            Found::Joined { node, cluster_id } => (node, cluster_id),
+        let found = bootstrap::find_cluster(&peers, &config.discovery, &file).await?;
+        let (node, cluster_id, level) = match found {
+            Found::Create => (NodeId(1), uuid::Uuid::new_v4().to_string(), Level::LATEST),
+            Found::Joined { node, cluster_id, level } => (node, cluster_id, level),
         };
+        (file.node, file.cluster_id) = (node, cluster_id);
+        file.promise(level);
         // Durable before it is used: an id that was given out is never asked for again.
         file.save(&config.data).map_err(|error| on_disk(&config.data, &error))?;
     }
@@ -138,11 +141,14 @@ pub async fn start(config: NodeConfig, peers: Peers, service: PeerService) -> Re
     let watch = control.watch();
     let mut noted = BTreeMap::new();
     note_addresses(&peers, &watch.borrow(), node, &mut noted);
-    if bootstrap::learn_addresses(&peers, &config.discovery, &file).await {
-        exit_removed(node);
+    match bootstrap::learn_addresses(&peers, &config.discovery, &file).await {
+        Ok(()) => {}
+        Err(Unwelcome::Removed) => exit_removed(node),
+        Err(Unwelcome::TooOld(in_force)) => return Err(too_old(Level::LATEST, in_force)),
     }
 
     let cluster = Cluster::new(groups.clone(), watch);
+    cluster.set_promise(Arc::new(Promise::new(&config.data, file.clone())));
     let blobs = BlobStore::open(&config.data.join("blobs")).map_err(|error| on_disk(&config.data, &error))?;
     *service.identity.write() =
         Identity { name: config.discovery.name.clone(), node, cluster_id: file.cluster_id.clone() };
@@ -154,6 +160,8 @@ pub async fn start(config: NodeConfig, peers: Peers, service: PeerService) -> Re
     keep_learning(&cluster, &peers, &config, &file);
     open_control(&cluster, control, &config, &file).await?;
     follow_state(&cluster, &peers, &config, noted);
+    levels::keep_promising(cluster.clone());
+    levels::keep_raising(cluster.clone());
     let watched = cluster.groups().clone();
     tokio::spawn(async move {
         loop {
@@ -259,6 +267,12 @@ async fn open_control(
                 return Err(Error::internal(format!("the first node was not added as node 1: {other:?}")));
             }
         }
+        // It has promised that when it stored its identity. Nodes of earlier builds join no new cluster, unless they
+        // have just done so.
+        let raise = Command::RaiseLevel { level: file.promised(), nodes: BTreeSet::from([file.node]) };
+        if let Err(error) = cluster.control(raise, deadline).await {
+            tracing::debug!(%error, "the level of the new cluster will be raised later");
+        }
     }
     Ok(())
 }
@@ -336,8 +350,13 @@ fn keep_learning(cluster: &Cluster, peers: &Peers, config: &NodeConfig, file: &N
                 cluster.groups().get(GroupId::CONTROL).is_ok_and(|control| control.leader().is_some());
             turn = (turn + 1) % GREET_EVERY;
             // A node that was removed while nobody could tell it may believe in a leader for ever.
-            if (!has_leader || turn == 0) && bootstrap::learn_addresses(&peers, &discovery, &file).await {
-                exit_removed(file.node);
+            if has_leader && turn != 0 {
+                continue;
+            }
+            match bootstrap::learn_addresses(&peers, &discovery, &file).await {
+                Ok(()) => {}
+                Err(Unwelcome::Removed) => exit_removed(file.node),
+                Err(Unwelcome::TooOld(in_force)) => levels::exit_too_old(in_force),
             }
         }
     });
