@@ -19,6 +19,16 @@ pub fn binary() -> Result<PathBuf> {
     Ok(path.canonicalize()?)
 }
 
+/// The binary of an earlier build, which `SHOAL_OLD_BIN` names; none when it is not set.
+///
+/// # Errors
+/// When it names no file.
+pub fn old_binary() -> Result<Option<PathBuf>> {
+    let Some(path) = std::env::var_os("SHOAL_OLD_BIN").map(PathBuf::from) else { return Ok(None) };
+    ensure!(path.is_file(), "SHOAL_OLD_BIN: {} does not exist", path.display());
+    Ok(Some(path.canonicalize()?))
+}
+
 /// The directory of the profile that this program was built with, such as `target/release`. The
 /// benchmarks run from there, tests from `deps` below it.
 ///
@@ -36,19 +46,16 @@ pub fn target_dir() -> Result<PathBuf> {
 /// # Errors
 /// When there is no binary.
 pub fn shoal(subcommand: &str) -> Result<Command> {
-    shoal_under(&[], subcommand)
+    Ok(shoal_under(&binary()?, &[], subcommand))
 }
 
-/// The same, run by another command that becomes it, such as `ip netns exec NAME`.
-///
-/// # Errors
-/// When there is no binary.
-pub fn shoal_under(launcher: &[String], subcommand: &str) -> Result<Command> {
+/// The same of any binary, run by another command that becomes it, such as `ip netns exec NAME`.
+pub fn shoal_under(binary: &Path, launcher: &[String], subcommand: &str) -> Command {
     let mut command = match launcher {
-        [] => Command::new(binary()?),
+        [] => Command::new(binary),
         [program, arguments @ ..] => {
             let mut command = Command::new(program);
-            command.args(arguments).arg(binary()?);
+            command.args(arguments).arg(binary);
             command
         }
     };
@@ -58,5 +65,5 @@ pub fn shoal_under(launcher: &[String], subcommand: &str) -> Result<Command> {
         }
     }
     command.arg(subcommand);
-    Ok(command)
+    command
 }

@@ -1,6 +1,6 @@
 //! A cluster of real nodes in one temporary directory, and what can be asked about it as a whole.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -28,6 +28,7 @@ pub(crate) static ALONE: Mutex<()> = Mutex::const_new(());
 pub struct Builder {
     count: usize,
     env: Vec<(String, String)>,
+    binary: Option<PathBuf>,
 }
 
 /// A running cluster. A test ends with [`Cluster::finish`]; when the cluster is dropped before,
@@ -48,6 +49,12 @@ impl Builder {
         self
     }
 
+    /// Starts the nodes with another binary than the one under test.
+    pub fn binary(mut self, binary: &Path) -> Builder {
+        self.binary = Some(binary.to_owned());
+        self
+    }
+
     /// Starts the nodes together and waits until they are one settled cluster.
     ///
     /// # Errors
@@ -63,6 +70,9 @@ impl Builder {
         for _ in 0..self.count {
             cluster.push_node()?;
         }
+        if let Some(binary) = &self.binary {
+            cluster.nodes.iter_mut().for_each(|node| node.set_binary(binary));
+        }
         cluster.introduce();
         cluster.start_all().await?;
         cluster.settled().await?;
@@ -73,7 +83,7 @@ impl Builder {
 impl Cluster {
     /// A cluster of so many nodes.
     pub fn of(count: usize) -> Builder {
-        Builder { count, env: Vec::new() }
+        Builder { count, env: Vec::new(), binary: None }
     }
 
     /// How many nodes it has, running or not.

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::binary::shoal_under;
+use crate::binary::{binary, shoal_under};
 use crate::client::{Client, Request};
 use crate::container::Container;
 use crate::ports::Ports;
@@ -45,6 +45,8 @@ pub struct Node {
     name: String,
     dir: PathBuf,
     models: PathBuf,
+    /// What it runs, if that is not the binary under test.
+    binary: Option<PathBuf>,
     host: Host,
     ports: Ports,
     env: BTreeMap<String, String>,
@@ -82,6 +84,7 @@ impl Node {
             name: name.to_owned(),
             dir: dir.to_owned(),
             models: models.to_owned(),
+            binary: None,
             ports,
             env: env.iter().cloned().collect(),
             join: Vec::new(),
@@ -153,6 +156,11 @@ impl Node {
         Ok(())
     }
 
+    /// Runs another binary from its next start on: that of another build.
+    pub fn set_binary(&mut self, binary: &Path) {
+        self.binary = Some(binary.to_owned());
+    }
+
     /// Sets an environment variable from its next start on.
     pub fn set_env(&mut self, name: &str, value: &str) {
         self.env.insert(name.to_owned(), value.to_owned());
@@ -175,7 +183,11 @@ impl Node {
             container.remove()?;
             launcher.extend(container.launcher(self.env.keys()));
         }
-        let mut command = shoal_under(&launcher, "serve")?;
+        let binary = match &self.binary {
+            Some(binary) => binary.clone(),
+            None => binary()?,
+        };
+        let mut command = shoal_under(&binary, &launcher, "serve");
         command.args(["--name", &self.name]).arg("--data").arg(self.data_dir());
         command.args(["--http", &self.http_address(), "--grpc", &self.grpc_address()]);
         command.args(["--mesh", &self.mesh_address()]);

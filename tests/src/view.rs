@@ -31,6 +31,9 @@ pub struct View {
     pub cluster_id: String,
     /// The version of the cluster's state that this node knows.
     pub version: u64,
+    /// The level that is in force; zero from builds that know no levels.
+    #[serde(default)]
+    pub level: u64,
     /// All nodes of the cluster.
     pub nodes: Vec<NodeView>,
     /// All collections.

@@ -233,9 +233,20 @@ async fn status(client: &Client, watch: bool) -> Result<()> {
 }
 
 fn print_report(report: &Value) {
-    println!("cluster {}  (map version {})\n", text(&report["cluster_id"]), report["version"]);
-    let mut nodes =
-        Table::new(&["NODE", "NAME", "ZONE", "STATE", "VERSION", "REPLICAS", "LEADS", "FREE DISK", "HTTP"]);
+    let (version, level) = (&report["version"], number(&report["level"]));
+    println!("cluster {}  (map version {version}, level {level})\n", text(&report["cluster_id"]));
+    let mut nodes = Table::new(&[
+        "NODE",
+        "NAME",
+        "ZONE",
+        "STATE",
+        "VERSION",
+        "LEVEL",
+        "REPLICAS",
+        "LEADS",
+        "FREE DISK",
+        "HTTP",
+    ]);
     for node in list(&report["nodes"]) {
         let state = match (node["answers"].as_bool(), text(&node["drain"]), node["disk_writable"].as_bool()) {
             (Some(false), ..) => "silent",
@@ -251,6 +262,7 @@ fn print_report(report: &Value) {
             text(&node["zone"]).to_owned(),
             state.to_owned(),
             text(&node["version"]).to_owned(),
+            number(&node["level"]),
             node["replicas"].to_string(),
             node["leads"].to_string(),
             free,
@@ -289,6 +301,11 @@ fn print_report(report: &Value) {
 }
 
 const GIB: f64 = (1u64 << 30) as f64;
+
+/// A number, or a dash: a node of an earlier build does not tell all.
+fn number(value: &Value) -> String {
+    value.as_u64().map_or("-".to_owned(), |number| number.to_string())
+}
 
 fn ids(value: &Value) -> String {
     let ids: Vec<String> = list(value).iter().map(Value::to_string).collect();

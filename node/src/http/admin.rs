@@ -10,7 +10,7 @@ use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use shoal_actors::Cluster;
-use shoal_proto::{Error, GroupId, ShardId};
+use shoal_proto::{Error, GroupId, Level, ShardId};
 use shoal_raft::{Group, GroupStatus};
 use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
@@ -218,6 +218,8 @@ async fn cluster(State(app): State<App>) -> Result<Json<Value>, Problem> {
     let name = state.nodes.get(&cluster.node()).map(|node| node.name.clone());
     Ok(Json(json!({
         "node": {"id": cluster.node(), "name": name}, "cluster_id": state.cluster_id, "version": state.version,
+        // What is in force in the cluster, and the highest that this node's build knows.
+        "level": state.level, "build": {"version": env!("CARGO_PKG_VERSION"), "level": Level::LATEST},
         "nodes": nodes, "collections": collections, "shards": shards, "groups": groups,
     })))
 }

@@ -10,6 +10,7 @@ use axum::http::StatusCode;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use shoal_actors::Cluster;
+use shoal_actors::levels::Build;
 use shoal_actors::placement::{GroupReport, NodeReport, Plan, find_node, led};
 use shoal_proto::{GroupId, NodeId, ShardId};
 use shoal_raft::cluster::{ClusterState, Drain, Reshard};
@@ -49,13 +50,14 @@ pub(super) fn routes() -> OpenApiRouter<App> {
 async fn report(State(app): State<App>, context: Context) -> Result<Json<Value>, Problem> {
     let cluster = &app.running()?.cluster;
     let state = cluster.fresh_state(context.deadline).await?;
-    let reports = cluster.reports().await;
+    let (reports, builds) = tokio::join!(cluster.reports(), cluster.builds());
     let led = led(&reports);
     let plan = cluster.plan().await.ok();
-    let nodes: Vec<Value> = state.nodes.keys().map(|id| node_shape(&state, &reports, *id)).collect();
+    let nodes: Vec<Value> =
+        state.nodes.keys().map(|id| node_shape(&state, reports.get(id), builds.get(id), *id)).collect();
     let shards: Vec<Value> = state.shards.keys().map(|id| shard_shape(&state, &led, *id)).collect();
     Ok(Json(json!({
-        "cluster_id": state.cluster_id, "version": state.version, "nodes": nodes,
+        "cluster_id": state.cluster_id, "version": state.version, "level": state.level, "nodes": nodes,
         "control": group_shape(&led, GroupId::CONTROL), "shards": shards,
         "placement": plan.map(|plan| plan_shape(&plan)),
         "resharding": state.resharding.iter().map(|(name, change)| reshard_shape(name, change)).collect::<Vec<_>>(),
@@ -65,14 +67,13 @@ async fn report(State(app): State<App>, context: Context) -> Result<Json<Value>,
 /// Groups by the words of their leaders.
 type Led<'a> = BTreeMap<GroupId, (NodeId, &'a GroupReport)>;
 
-fn node_shape(state: &ClusterState, reports: &BTreeMap<NodeId, NodeReport>, id: NodeId) -> Value {
+fn node_shape(state: &ClusterState, report: Option<&NodeReport>, build: Option<&Build>, id: NodeId) -> Value {
     let node = &state.nodes[&id];
-    let report = reports.get(&id);
     let leads = report.map(|report| report.groups.iter().filter(|group| group.is_leader).count());
     json!({
         "id": id, "name": node.name, "zone": node.zone, "http": node.addresses.http, "grpc": node.addresses.grpc,
         "answers": report.is_some(), "drain": drain_name(node.drain),
-        "version": report.map(|report| report.version.as_str()),
+        "version": build.map(|build| build.version.as_str()), "level": build.map(|build| build.level),
         "disk_free_bytes": report.map(|report| report.disk_free_bytes),
         "disk_writable": report.map(|report| report.is_writable),
         "replicas": state.shards.values().filter(|shard| shard.replicas.contains(&id)).count(), "leads": leads,
