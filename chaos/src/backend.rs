@@ -74,6 +74,7 @@ fn by_engine(fault: Fault, nodes: usize) -> Result<()> {
         Need::Limits => bail!("only processes are put into cgroups"),
         // The kernel spares the first process of a container its own SIGKILL.
         Need::CrashPoints => bail!("a node cannot kill itself in a container"),
+        Need::OldBinary => bail!("all containers are of one image"),
     }
 }
 

@@ -17,6 +17,7 @@ use crate::backend::Backend;
 use crate::disk::Disk;
 use crate::faults::clock::Clock;
 use crate::faults::limits::Limits;
+use crate::faults::upgrade::Upgrade;
 use crate::shell;
 use crate::workloads::Crowd;
 
@@ -89,6 +90,8 @@ pub struct Cluster {
     pub crash_points: usize,
     /// More clients than usual, once there are any.
     pub crowd: Option<Crowd>,
+    /// An upgrade from an earlier build, where there is one.
+    pub upgrade: Option<Upgrade>,
 }
 
 impl Cluster {
@@ -152,7 +155,15 @@ impl Cluster {
             let others = addresses.iter().enumerate().filter(|(other, _)| *other != at);
             member.node.introduce(others.map(|(_, address)| address.clone()).collect(), count);
         }
-        Ok(Cluster { members, backend, crash_points: 0, crowd: None })
+        Ok(Cluster { members, backend, crash_points: 0, crowd: None, upgrade: None })
+    }
+
+    /// Lets all nodes run an earlier build from their next start on, which upgrades begin with.
+    pub fn begin_with(&mut self, upgrade: Upgrade) {
+        for member in &mut self.members {
+            member.node.set_binary(upgrade.old());
+        }
+        self.upgrade = Some(upgrade);
     }
 
     /// How many nodes there are, running or not.

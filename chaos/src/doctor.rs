@@ -14,7 +14,8 @@ use crate::shell;
 /// The reason, for a report.
 pub fn probe(need: Need) -> Result<()> {
     match need {
-        Need::Nothing => Ok(()),
+        // Whether there is an earlier build does not depend on the machine.
+        Need::Nothing | Need::OldBinary => Ok(()),
         Need::Containers => containers::probe(),
         Need::Net => probe_net(false),
         Need::Cables => probe_net(true),

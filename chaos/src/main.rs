@@ -117,6 +117,9 @@ struct RunArguments {
     /// A variable for the nodes, as NAME=VALUE.
     #[arg(long)]
     env: Vec<String>,
+    /// The binary of an earlier build, which upgrades begin with.
+    #[arg(long, value_name = "FILE")]
+    old_bin: Option<PathBuf>,
     /// Succeed exactly when a checker says that a promise was broken: for planted bugs.
     #[arg(long)]
     expect_caught: bool,
@@ -310,6 +313,9 @@ fn run_all(arguments: &RunArguments) -> Result<bool> {
         for variable in &arguments.env {
             command.arg("--env").arg(variable);
         }
+        if let Some(old) = &arguments.old_bin {
+            command.arg("--old-bin").arg(old);
+        }
         all_passed &= command.status()?.success();
     }
     write_page(&arguments.out)?;
@@ -338,6 +344,9 @@ fn run_one(scenario: &Scenario, arguments: &RunArguments) -> Result<bool> {
         ensure!(unknown.is_none(), "{} has no fault {}", scenario.name, unknown.map_or("", String::as_str));
         scenario.faults.retain(|fault| arguments.fault.contains(&fault.name()));
     }
+    if scenario.needs(Need::OldBinary) {
+        scenario.old_bin.clone_from(&arguments.old_bin);
+    }
     let scenario = &scenario;
     let mut size: Size = match arguments.size {
         SizeName::Ci => scenario.ci.clone(),
@@ -348,7 +357,10 @@ fn run_one(scenario: &Scenario, arguments: &RunArguments) -> Result<bool> {
         size.patience = PLANTED_PATIENCE;
     }
     let seed = arguments.seed.unwrap_or_else(rand::random);
-    let only: String = arguments.fault.iter().map(|fault| format!(" --fault {fault}")).collect();
+    let mut only: String = arguments.fault.iter().map(|fault| format!(" --fault {fault}")).collect();
+    if let Some(old) = &scenario.old_bin {
+        only.push_str(&format!(" --old-bin {}", old.display()));
+    }
     let backend = match arguments.backend {
         BackendKind::Processes => String::new(),
         other => format!(" --backend {}", other.name()),
@@ -423,6 +435,9 @@ fn run_one(scenario: &Scenario, arguments: &RunArguments) -> Result<bool> {
 
 /// Why a scenario cannot run here, if it cannot.
 fn missing(scenario: &Scenario, size: &Size, backend: BackendKind) -> Option<String> {
+    if scenario.needs(Need::OldBinary) && scenario.old_bin.is_none() {
+        return Some("no earlier build is given with --old-bin; `make upgrade-test` makes one".to_owned());
+    }
     match backend.needs(scenario, size.nodes) {
         Ok(needs) => needs.into_iter().find_map(|(who, need)| {
             let error = doctor::probe(need).err()?;

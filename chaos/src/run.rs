@@ -18,6 +18,7 @@ use crate::caller::Caller;
 use crate::checkers::{self, Judgement, Verdict};
 use crate::cluster::{Cluster, Kit};
 use crate::faults::clock::seconds_since_1970;
+use crate::faults::upgrade::Upgrade;
 use crate::faults::{self, Fault, Need};
 use crate::history::{Call, Header, History, Level, Phase, Recorder, Sample};
 use crate::scenario::{Scenario, Size};
@@ -63,6 +64,9 @@ pub async fn run(
         has_limits: scenario.needs(Need::Limits),
     };
     let mut cluster = Cluster::create(dir, size.nodes, backend, kit, &env)?;
+    if let Some(old) = &scenario.old_bin {
+        cluster.begin_with(Upgrade::from(old)?);
+    }
     for at in 0..cluster.len() {
         cluster.start(at)?;
     }

@@ -1,7 +1,7 @@
 //! What to run: one file for each row of the matrix, in a size for CI and one for the night.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
@@ -50,6 +50,9 @@ pub struct Scenario {
     pub most_elections: Option<u64>,
     /// The longest time without an acknowledged write, in milliseconds, where that is promised.
     pub longest_gap_ms: Option<u64>,
+    /// The binary that the nodes run to begin with, where they are upgraded.
+    #[serde(skip)]
+    pub old_bin: Option<PathBuf>,
     /// In minutes.
     pub ci: Size,
     /// Through the night.
@@ -214,6 +217,7 @@ const SHIPPED: &[(&str, &str)] = shipped!(
     "soak"
     "split-brain"
     "torn-writes"
+    "upgrade"
     "zombie-leader"
 );
 

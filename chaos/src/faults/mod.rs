@@ -8,6 +8,7 @@ pub mod crash;
 pub mod limits;
 pub mod net;
 pub mod partition;
+pub mod upgrade;
 
 use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
@@ -117,6 +118,8 @@ pub enum Fault {
     ScaleInWiped,
     /// One node dies at a step of the durability order, each time at the next one of all.
     CrashPoint,
+    /// One node is stopped and started with the next build, or with the one before.
+    UpgradeStep,
 }
 
 /// What a fault needs of the machine and of the cluster.
@@ -140,6 +143,8 @@ pub enum Need {
     Limits,
     /// A build that can be told where to die.
     CrashPoints,
+    /// The binary of an earlier build.
+    OldBinary,
 }
 
 /// Something that happened although it must not: recorded, and never a pass.
@@ -183,6 +188,7 @@ impl Fault {
             DiskFull => Need::SmallDisk,
             Overload => Need::Limits,
             CrashPoint => Need::CrashPoints,
+            UpgradeStep => Need::OldBinary,
         }
     }
 
@@ -206,13 +212,14 @@ impl Fault {
                 | ScaleIn
                 | ScaleInWiped
                 | CrashPoint
+                | UpgradeStep
         )
     }
 
     /// Whether it may cost a replica, so that everything must be whole before the next one.
     pub fn takes_a_replica(self) -> bool {
         use Fault::*;
-        matches!(self, BitFlip | DrainOne | WipeOne | ScaleIn | ScaleInWiped | CrashPoint)
+        matches!(self, BitFlip | DrainOne | WipeOne | ScaleIn | ScaleInWiped | CrashPoint | UpgradeStep)
     }
 
     /// The disks that it needs.
@@ -245,6 +252,7 @@ impl Fault {
                 names(&[leader])
             }
             Fault::RollingRestart => return rolling_restart(cluster).await,
+            Fault::UpgradeStep => return upgrade::next(cluster).await,
             Fault::LeaderInMinority
             | Fault::LeaderInMajority
             | Fault::IsolateFollower
