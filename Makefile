@@ -5,8 +5,11 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 NODES ?= 3
 DOCS ?=
 SCHEMAS := $(TARGET)/python-kubernetes
+# The commit that upgrades begin with; deploy/old-build.sh chooses one when it is empty.
+OLD ?=
 
-.PHONY: run test manifests bench chaos chaos-ci chaos-all chaos-docker chaos-planted chaos-tools build model setup lint doc fmt
+.PHONY: run test manifests bench chaos chaos-ci chaos-all chaos-docker chaos-planted upgrade-test \
+	chaos-tools build model setup lint doc fmt
 
 ## A cluster of NODES nodes on this machine, a corpus ingested, one search answered. Ctrl-C stops it.
 run: build model
@@ -53,6 +56,13 @@ chaos-planted: chaos-tools build
 	cp $(TARGET)/release/shoal $(TARGET)/release/shoal-planted
 	cargo build --release --workspace
 	$(TARGET)/release/chaos planted --bin $(TARGET)/release/shoal-planted --out $(TARGET)/chaos/planted
+
+## Nodes of an earlier commit, OLD=COMMIT, are upgraded under load, forth and back, and while nodes are killed.
+upgrade-test: chaos-tools build model
+	deploy/old-build.sh $(TARGET) $(OLD)
+	SHOAL_OLD_BIN=$(abspath $(TARGET))/release/shoal-old \
+		cargo test --release --workspace --test upgrade -- --nocapture
+	$(TARGET)/release/chaos run upgrade --old-bin $(TARGET)/release/shoal-old --out $(TARGET)/chaos/upgrade
 
 ## The numbers in README. Nothing is asserted; JSON goes to bench.json.
 bench: build model
