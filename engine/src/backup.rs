@@ -14,6 +14,7 @@ use crate::command::{Document, DocumentState, FileRecord, Outcome, PartialAnswer
 use crate::error::{Error, Result};
 use crate::frames::Frames;
 use crate::keys;
+use crate::reshard::{Adoption, done_in};
 use crate::state::{PointRecord, decode, read_meta, read_vector};
 use crate::store::{SUM, Store, Stored, part_of, sum_of, unparted, weight};
 
@@ -289,8 +290,9 @@ impl Archive {
     /// Damaged, when a record is.
     pub fn answers(&self) -> Result<(Vec<(RequestId, Outcome)>, Vec<PartialAnswer>)> {
         let (mut whole, mut partial) = (Vec::new(), Vec::new());
+        let adoption = read_meta::<Option<Adoption>>(&self.store, keys::ADOPTION)?.flatten();
         for (id, outcome) in self.records::<(RequestId, Outcome)>(keys::REQUEST)? {
-            match read_meta(&self.store, &keys::partial(id))? {
+            match done_in(&self.store, adoption.as_ref(), id)? {
                 None => whole.push((id, outcome)),
                 Some(ranges) => partial.push(PartialAnswer { id, outcome, ranges }),
             }

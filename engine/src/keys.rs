@@ -5,8 +5,8 @@
 //! P <slot>                id, version, payload     D <document id>    document record
 //! V <slot> <vector name>  f32 vector               S <document id> <version> <chunk>  staged chunk
 //! R <sequence>            an answered request      W <request id>     where it was done, if not everywhere
+//!                                                Q <request id>     the same, by old shards that have done it
 //! M <name>                tag, next slot, indexes, and what becomes of the shard ([`crate::reshard`])
-//! Q <request id>          what W was before: the old shards that had done it
 //! ```
 
 use shoal_proto::{DocumentId, PointId, RequestId};
@@ -46,6 +46,10 @@ pub(crate) fn request(sequence: u64) -> Vec<u8> {
 
 pub(crate) fn partial(id: RequestId) -> Vec<u8> {
     [&[PARTIAL][..], &id.0].concat()
+}
+
+pub(crate) fn partial_by_shard(id: RequestId) -> Vec<u8> {
+    [&[PARTIAL_BY_SHARD][..], &id.0].concat()
 }
 
 pub(crate) fn file(id: DocumentId) -> Vec<u8> {

@@ -24,8 +24,8 @@ use shoal_proto::{Error, ErrorCode, RequestId, Route, ShardId, codec};
 use crate::command::{Command, Envelope, Outcome, Replay, Seed, SeedPartial};
 use crate::error::Result;
 use crate::keys;
-use crate::state::{Change, Effect, REMEMBERED_REQUESTS, State, decode};
-use crate::store::Batch;
+use crate::state::{Change, Effect, REMEMBERED_REQUESTS, State, decode, read_meta};
+use crate::store::{Batch, Store};
 
 /// How far a shard has come in taking over what others held.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,6 +50,28 @@ impl Adoption {
         let last = self.parents.values().map(|(_, last)| *last).max();
         (first.unwrap_or(Route(0)), last.unwrap_or(Route(u32::MAX)))
     }
+
+    /// The old shards whose ranges these are; none when one is no such range.
+    fn shards_of(&self, ranges: &[Range]) -> Option<BTreeSet<ShardId>> {
+        let shard_of = |range: &Range| self.parents.iter().find(|(_, known)| *known == range);
+        ranges.iter().map(|range| shard_of(range).map(|(shard, _)| *shard)).collect()
+    }
+
+    fn ranges_of(&self, shards: &BTreeSet<ShardId>) -> Vec<Range> {
+        shards.iter().filter_map(|shard| self.parents.get(shard).copied()).collect()
+    }
+}
+
+/// The ranges in which a request was done, by what a store says; none when that was everywhere.
+pub(crate) fn done_in(
+    store: &Store,
+    adoption: Option<&Adoption>,
+    id: RequestId,
+) -> Result<Option<Vec<Range>>> {
+    if let Some(shards) = read_meta::<BTreeSet<ShardId>>(store, &keys::partial_by_shard(id))? {
+        return Ok(adoption.map(|adoption| adoption.ranges_of(&shards)));
+    }
+    read_meta(store, &keys::partial(id))
 }
 
 /// What is in a range and in none of some others.
@@ -163,31 +185,36 @@ impl State {
         self.base = self.base.max((version + 1).saturating_sub(index));
     }
 
-    /// Notes in which ranges a request was done, besides those that are known.
+    /// Notes in which ranges a request was done, besides those that are known: by the old shards whose ranges they
+    /// are, where that says it all. At the first level nothing else comes up, and its builds know no other way:
+    /// all replicas must store the same.
     fn note_done(&mut self, batch: &mut Batch, id: RequestId, ranges: &[Range]) {
         let mut done = self.partial.remove(&id).unwrap_or_default();
-        done.extend(ranges.iter().filter(|range| !done.contains(range)).copied().collect::<Vec<_>>());
-        if self.adoption.as_ref().is_none_or(|adoption| gaps(adoption.range(), &done).is_empty()) {
-            batch.remove(keys::partial(id));
-        } else {
-            batch.put(keys::partial(id), codec::encode(&done));
-            self.partial.insert(id, done);
+        done.extend_from_slice(ranges);
+        done.sort_unstable();
+        done.dedup();
+        batch.remove(keys::partial(id));
+        batch.remove(keys::partial_by_shard(id));
+        let Some(adoption) = &self.adoption else { return };
+        if gaps(adoption.range(), &done).is_empty() {
+            return;
         }
+        match adoption.shards_of(&done) {
+            Some(shards) => batch.put(keys::partial_by_shard(id), codec::encode(&shards)),
+            None => batch.put(keys::partial(id), codec::encode(&done)),
+        }
+        self.partial.insert(id, done);
     }
 
-    /// Reads where requests were done that were not done everywhere. It was once noted by which of the old
-    /// shards.
+    /// Reads where requests were done that were not done everywhere.
     pub(crate) fn recover_partial(&mut self) -> Result<()> {
         let id_of = |key: &[u8]| RequestId(key[1..].try_into().expect("such a key has 17 bytes"));
-        let mut batch = Batch::default();
         for item in self.store.scan(&[keys::PARTIAL_BY_SHARD]) {
             let (key, value) = item?;
             let shards: BTreeSet<ShardId> = decode(&key, &value)?;
-            let done: Vec<Range> = shards.into_iter().filter_map(|shard| self.range_of(shard)).collect();
-            batch.put(keys::partial(id_of(&key)), codec::encode(&done));
-            batch.remove(key);
+            let done = self.adoption.as_ref().map(|adoption| adoption.ranges_of(&shards));
+            self.partial.insert(id_of(&key), done.unwrap_or_default());
         }
-        self.store.commit(batch)?;
         for item in self.store.scan(&[keys::PARTIAL]) {
             let (key, value) = item?;
             self.partial.insert(id_of(&key), decode(&key, &value)?);
@@ -223,6 +250,7 @@ impl State {
     pub(crate) fn note_whole(&mut self, batch: &mut Batch, id: RequestId) {
         if self.partial.remove(&id).is_some() {
             batch.remove(keys::partial(id));
+            batch.remove(keys::partial_by_shard(id));
         }
     }
 
@@ -401,13 +429,33 @@ mod tests {
         let adoption = Some(Adoption { by, parents, replayed: BTreeMap::new(), is_done: true });
         let mut batch = Batch::default();
         batch.put(keys::ADOPTION.to_vec(), codec::encode(&adoption));
-        let noted = [&[keys::PARTIAL_BY_SHARD][..], &id.0].concat();
-        batch.put(noted.clone(), codec::encode(&BTreeSet::from([ShardId(5)])));
-        let store = crate::store::Store::open(&dir.path().join("store")).expect("a store");
+        let by_shard = codec::encode(&BTreeSet::from([ShardId(5)]));
+        batch.put(keys::partial_by_shard(id), by_shard.clone());
+        let store = Store::open(&dir.path().join("store")).expect("a store");
         store.commit(batch).expect("noted");
-        let state = State::with_store(store, dir.path(), CollectionConfig::default()).expect("opened");
+        let mut state = State::with_store(store, dir.path(), CollectionConfig::default()).expect("opened");
         assert_eq!(state.partial.get(&id), Some(&vec![ranges[1]]));
-        assert_eq!(state.store.get(&noted).expect("readable"), None, "it is noted in the new way");
+        let stored = |state: &State| {
+            let get = |key: Vec<u8>| state.store.get(&key).expect("readable");
+            (get(keys::partial_by_shard(id)), get(keys::partial(id)))
+        };
+        assert_eq!(stored(&state), (Some(by_shard.clone()), None), "opening changes nothing");
+        assert_eq!(
+            done_in(&state.store, state.adoption.as_ref(), id).expect("readable"),
+            Some(vec![ranges[1]])
+        );
+
+        // What is whole shards stays noted by shard, as all replicas of earlier builds do it; what is less cannot.
+        let mut note = |ranges: &[Range]| {
+            let mut batch = Batch::default();
+            state.note_done(&mut batch, id, ranges);
+            state.store.commit(batch).expect("noted");
+            stored(&state)
+        };
+        assert_eq!(note(&[ranges[1]]), (Some(by_shard), None));
+        let part = (Route(0), Route(9));
+        assert_eq!(note(&[part]), (None, Some(codec::encode(&vec![part, ranges[1]]))));
+        assert_eq!(note(&[ranges[0]]), (None, None), "it is whole");
     }
 
     #[test]
