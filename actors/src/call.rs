@@ -145,3 +145,90 @@ pub(crate) enum Reply {
     /// entries that are Raft's own.
     Tail(Vec<(u64, Option<Bytes>)>, u64),
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use shoal_proto::{ErrorCode, codec};
+
+    use super::*;
+    use crate::placement::GroupReport;
+
+    /// As long as a build of the first level may be in the cluster, none of this may look another way: what
+    /// grows is a new variant at the end.
+    #[test]
+    fn what_nodes_of_the_first_level_ask_stays_as_it_is() {
+        let (group, command) = (GroupId(7), Bytes::from_static(&[9]));
+        let calls: [(Call, &[u8]); 11] = [
+            (Call::Propose { group, command, grows: true, timeout_ms: 300 }, &[1, 0, 7, 1, 9, 1, 251, 44, 1]),
+            (Call::ReadIndex { group }, &[1, 1, 7]),
+            (
+                Call::Read {
+                    group,
+                    level: Consistency::Session,
+                    floor: 5,
+                    timeout_ms: 300,
+                    question: Read::Count { filter: None },
+                },
+                &[1, 2, 7, 1, 5, 251, 44, 1, 3, 0],
+            ),
+            (Call::StateSums { group }, &[1, 3, 7]),
+            (
+                Call::Parse { filename: "a".to_owned(), bytes: Bytes::from_static(&[9]) },
+                &[1, 4, 1, b'a', 1, 9],
+            ),
+            (
+                Call::Embed { model: "m".to_owned(), kind: TextKind::Passage, texts: vec!["t".to_owned()] },
+                &[1, 5, 1, b'm', 1, 1, 1, b't'],
+            ),
+            (Call::Report, &[1, 6]),
+            (Call::Plan, &[1, 7]),
+            (Call::TransferLeader { group, to: NodeId(2) }, &[1, 8, 7, 2]),
+            (Call::MissingBlobs { group, least: 5 }, &[1, 9, 7, 5]),
+            (Call::Tail { group, after: 5, limit_bytes: 8 }, &[1, 10, 7, 5, 8]),
+        ];
+        for (call, bytes) in calls {
+            assert_eq!(codec::encode(&call), bytes, "{call:?}");
+        }
+    }
+
+    #[test]
+    fn what_nodes_of_the_first_level_answer_stays_as_it_is() {
+        let report = NodeReport {
+            node: NodeId(1),
+            version: "v".to_owned(),
+            disk_free_bytes: 3,
+            is_writable: true,
+            groups: vec![GroupReport {
+                group: GroupId(7),
+                is_leader: true,
+                term: 2,
+                applied: 3,
+                last_index: 4,
+                voters: BTreeSet::from([NodeId(1)]),
+                learners: BTreeSet::new(),
+                is_joint: false,
+                behind: BTreeMap::from([(NodeId(1), 0)]),
+            }],
+            job: None,
+        };
+        let replies: [(Reply, &[u8]); 12] = [
+            (Reply::Proposed(5, Bytes::from_static(&[9])), &[1, 0, 5, 1, 9]),
+            (Reply::Index(5), &[1, 1, 5]),
+            (Reply::Answered(5, Answer::Count(4), None), &[1, 2, 5, 2, 4, 0]),
+            (Reply::StateSums(vec![(5, 6)]), &[1, 3, 1, 5, 6]),
+            (Reply::Embedded(vec![vec![0.0]]), &[1, 5, 1, 1, 0, 0, 0, 0]),
+            (Reply::Reported(report), &[1, 6, 1, 1, b'v', 3, 1, 1, 7, 1, 2, 3, 4, 1, 1, 0, 0, 1, 1, 0, 0]),
+            (Reply::Missing(Vec::new()), &[1, 8, 0]),
+            (Reply::Done, &[1, 9]),
+            (Reply::NotLeader(Some(NodeId(2))), &[1, 10, 1, 2]),
+            (Reply::UseGrpc, &[1, 11]),
+            (Reply::Failed(Error::new(ErrorCode::Busy, "x")), &[1, 12, 6, 1, b'x', 0]),
+            (Reply::Tail(vec![(5, None)], 6), &[1, 13, 1, 5, 0, 6]),
+        ];
+        for (reply, bytes) in replies {
+            assert_eq!(codec::encode(&reply), bytes, "{reply:?}");
+        }
+    }
+}

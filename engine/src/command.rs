@@ -607,6 +607,48 @@ mod tests {
         assert_eq!(read, Envelope { request_id: id, now: 9, command });
     }
 
+    /// As long as a build of the first level may be in the cluster, and in logs for longer, none of this may look
+    /// another way: what grows is a new variant at the end.
+    #[test]
+    fn commands_of_the_first_level_stay_as_they_are() {
+        let by = RequestId([5; 16]);
+        let with_id = |before: &[u8], after: &[u8]| [before, &[5; 16], after].concat();
+        let point =
+            Point { id: PointId::Num(7), vectors: vec![(String::new(), vec![0.0])], payload: "{}".into() };
+        let seed = Seed {
+            by,
+            from: ShardId(7),
+            parents: vec![(ShardId(7), Route(0), Route(9))],
+            version: 3,
+            points: Vec::new(),
+            documents: Vec::new(),
+            staged: Vec::new(),
+            answers: vec![(by, Outcome::Done(4))],
+            indexes: None,
+        };
+        let seed_bytes = [with_id(&[1, 16], &[7, 1, 7, 0, 9, 3, 0, 0, 0, 1]), with_id(&[], &[0, 4, 0])];
+        let envelope = Envelope { request_id: None, now: 6, command: Command::Thaw { by } };
+        let replay = Replay { by, from: ShardId(7), commands: vec![(3, envelope)] };
+        let replay_bytes = [with_id(&[1, 17], &[7, 1, 3, 0, 6, 20]), with_id(&[], &[])];
+        let commands = [
+            (Command::Upsert(vec![point]), vec![1, 0, 1, 0, 7, 1, 0, 1, 0, 0, 0, 0, 2, b'{', b'}']),
+            (Command::Delete(Target::Ids(vec![PointId::Num(7)])), vec![1, 1, 0, 1, 0, 7]),
+            (Command::Delete(Target::Filter("{}".into())), vec![1, 1, 1, 2, b'{', b'}']),
+            (Command::SetPayloadIndex { field: "f".into(), index: None }, vec![1, 4, 1, b'f', 0]),
+            (Command::DeleteFile(DocumentId([5; 16])), with_id(&[1, 6], &[])),
+            (Command::DeleteDocument(DocumentId([5; 16])), with_id(&[1, 13], &[])),
+            (Command::Seed(Box::new(seed)), seed_bytes.concat()),
+            (Command::Replay(Box::new(replay)), replay_bytes.concat()),
+            (Command::EndAdoption { by }, with_id(&[1, 18], &[])),
+            (Command::Freeze { by }, with_id(&[1, 19], &[])),
+            (Command::Thaw { by }, with_id(&[1, 20], &[])),
+        ];
+        for (command, bytes) in commands {
+            assert_eq!(codec::encode(&command), bytes, "{command:?}");
+            assert_eq!(command.level(), Level::FIRST, "{command:?}");
+        }
+    }
+
     #[test]
     fn the_parts_of_a_command_are_the_whole() {
         let half = u32::MAX / 2;

@@ -245,3 +245,65 @@ pub enum Response {
     /// Refused: the same on every node.
     Rejected(Error),
 }
+
+#[cfg(test)]
+mod tests {
+    use shoal_proto::codec;
+
+    use super::*;
+
+    /// As long as a build of the first level may be in the cluster, and in logs for longer, none of this may look
+    /// another way: what grows is a new variant at the end.
+    #[test]
+    fn commands_of_the_first_level_stay_as_they_are() {
+        let (id, c) = (RequestId([5; 16]), String::from("c"));
+        let addresses = Addresses { http: "h".into(), grpc: "g".into(), mesh: "m".into() };
+        let add = Command::AddNode {
+            name: "a".into(),
+            incarnation: "i".into(),
+            addresses: addresses.clone(),
+            zone: String::new(),
+        };
+        let node = NodeId(2);
+        let set = |nodes: &[u64]| nodes.iter().copied().map(NodeId).collect::<BTreeSet<NodeId>>();
+        let with_id = |before: &[u8], after: &[u8]| [before, &[5; 16], after].concat();
+        let begin = Command::BeginReshard {
+            reshard: id,
+            instead_of: None,
+            name: c.clone(),
+            parents: vec![ShardId(7)],
+            firsts: vec![Route(0)],
+        };
+        let end = Command::EndRestore {
+            restore: id,
+            collections: BTreeSet::from([c.clone()]),
+            aliases: BTreeMap::new(),
+        };
+        let replicas =
+            Command::SetReplicas { shard: ShardId(7), expected: set(&[1]), replicas: set(&[1, 2]) };
+        let commands = [
+            (Command::CreateCluster { cluster_id: c.clone() }, vec![1, 0, 1, b'c']),
+            (add, vec![1, 1, 1, b'a', 1, b'i', 1, b'h', 1, b'g', 1, b'm', 0]),
+            (Command::UpdateNode { node, addresses }, vec![1, 2, 2, 1, b'h', 1, b'g', 1, b'm']),
+            (Command::RemoveNode { node }, vec![1, 3, 2]),
+            (Command::DeleteCollection { request_id: id, name: c.clone() }, with_id(&[1, 5], &[1, b'c'])),
+            (Command::SetAlias { alias: "a".into(), collection: None }, vec![1, 8, 1, b'a', 0]),
+            (replicas, vec![1, 9, 7, 1, 1, 2, 1, 2]),
+            (Command::SetDrain { node, drain: Drain::Yes }, vec![1, 10, 2, 2]),
+            (Command::PausePlacement { is_paused: true }, vec![1, 11, 1]),
+            (Command::SetReplicationFactor { name: c, replication_factor: 3 }, vec![1, 12, 1, b'c', 3]),
+            (end, with_id(&[1, 14], &[1, 1, b'c', 0])),
+            (Command::AbortRestore { restore: id }, with_id(&[1, 15], &[])),
+            (begin, with_id(&[1, 16], &[0, 1, b'c', 1, 7, 1, 0])),
+            (
+                Command::EndReshard { reshard: id, begins: BTreeMap::from([(ShardId(8), 9)]) },
+                with_id(&[1, 17], &[1, 8, 9]),
+            ),
+            (Command::AbortReshard { reshard: id }, with_id(&[1, 18], &[])),
+        ];
+        for (command, bytes) in commands {
+            assert_eq!(codec::encode(&command), bytes, "{command:?}");
+            assert_eq!(command.level(), Level::FIRST, "{command:?}");
+        }
+    }
+}
