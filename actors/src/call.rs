@@ -109,6 +109,18 @@ pub(crate) enum Call {
         /// The level.
         level: Level,
     },
+    /// The same as `Propose`, also into the log of a shard that a change of shards has frozen: what freezes or
+    /// thaws it, and what may be in the log already.
+    ProposeFrozen {
+        /// The group.
+        group: GroupId,
+        /// The command.
+        command: Bytes,
+        /// Whether it takes more disk space: refused where the disk's reserve is reached.
+        grows: bool,
+        /// How long the caller waits, in milliseconds.
+        timeout_ms: u64,
+    },
 }
 
 /// What came back.

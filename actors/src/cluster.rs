@@ -20,7 +20,7 @@ use shoal_engine::Shard;
 use shoal_engine::command::{Answer, Command, Envelope, FileRecord, Outcome, Read};
 use shoal_proto::peer::CallRequest;
 use shoal_proto::planted::{Bug, is_planted};
-use shoal_proto::{Error, ErrorCode, GroupId, NodeId, Position, RequestId, ShardId, codec};
+use shoal_proto::{Error, ErrorCode, GroupId, Level, NodeId, Position, RequestId, ShardId, codec};
 use shoal_raft::cluster::{self, ClusterState};
 use shoal_raft::{Error as RaftError, Group, Groups, Lane};
 use tokio::sync::{Semaphore, watch};
@@ -95,6 +95,17 @@ impl Staleness {
 #[derive(Clone)]
 pub struct Cluster {
     inner: Arc<Inner>,
+}
+
+/// A command on its way to whoever leads a group.
+struct Proposal {
+    command: Bytes,
+    /// Whether it may be applied twice without harm.
+    is_idempotent: bool,
+    /// Whether it takes more disk space.
+    grows: bool,
+    /// Whether it comes into the log of a shard that is frozen.
+    passes_freeze: bool,
 }
 
 struct Inner {
@@ -238,9 +249,10 @@ impl Cluster {
         deadline: Instant,
     ) -> Result<cluster::Response, Error> {
         self.require(command.level()).await?;
-        let bytes =
-            self.propose(GroupId::CONTROL, codec::encode(&command).into(), (true, false), deadline).await?.1;
-        match codec::decode(&bytes)? {
+        let command = codec::encode(&command).into();
+        let proposal = Proposal { command, is_idempotent: true, grows: false, passes_freeze: false };
+        let (_, response) = self.propose(GroupId::CONTROL, proposal, deadline).await?;
+        match codec::decode(&response)? {
             cluster::Response::Rejected(error) => Err(error),
             response => Ok(response),
         }
@@ -281,9 +293,13 @@ impl Cluster {
             return Err(disk_full());
         }
         self.require(command.level()).await?;
-        let bytes: Bytes = Envelope::bytes(request_id, unix_now(), command).into();
-        let is_idempotent = request_id.is_some() || is_idempotent(command);
-        let (index, outcome) = self.propose(shard.into(), bytes, (is_idempotent, grows), deadline).await?;
+        let proposal = Proposal {
+            command: Envelope::bytes(request_id, unix_now(), command).into(),
+            is_idempotent: request_id.is_some() || is_idempotent(command),
+            grows,
+            passes_freeze: matches!(command, Command::Freeze { .. } | Command::Thaw { .. }),
+        };
+        let (index, outcome) = self.propose(shard.into(), proposal, deadline).await?;
         match codec::decode(&outcome)? {
             Outcome::Rejected(error) => Err(error),
             outcome => Ok((outcome, index)),
@@ -293,10 +309,10 @@ impl Cluster {
     async fn propose(
         &self,
         group: GroupId,
-        command: Bytes,
-        (is_idempotent, grows): (bool, bool),
+        proposal: Proposal,
         deadline: Instant,
     ) -> Result<(u64, Bytes), Error> {
+        let Proposal { command, is_idempotent, grows, passes_freeze } = proposal;
         let busy = || Error::new(ErrorCode::Busy, "too much is being written through this node; try again");
         let bytes = u32::try_from(command.len()).map_err(|_| busy())?;
         let _bytes = self.inner.proposal_bytes.try_acquire_many(bytes).map_err(|_| busy())?;
@@ -322,8 +338,13 @@ impl Cluster {
                 },
             };
             attempt += 1;
-            let call =
-                Call::Propose { group, command: command.clone(), grows, timeout_ms: left.as_millis() as u64 };
+            let (command, timeout_ms) = (command.clone(), left.as_millis() as u64);
+            // Only the log can tell whether what may be in it already was done before the shard was frozen.
+            let passes_freeze = passes_freeze || is_unknown;
+            let call = match passes_freeze && self.state().level >= Level::PASSES_FREEZE {
+                true => Call::ProposeFrozen { group, command, grows, timeout_ms },
+                false => Call::Propose { group, command, grows, timeout_ms },
+            };
             match self.call(target, call, left).await {
                 Reply::Proposed(index, outcome) => return Ok((index, outcome)),
                 Reply::NotLeader(leader) => {
@@ -337,6 +358,8 @@ impl Cluster {
                         break;
                     }
                 }
+                // Whoever has asked has an old shard map, or comes again when the shard goes on.
+                Reply::Failed(error) if error.code == ErrorCode::Stale && !is_unknown => return Err(error),
                 Reply::Failed(error) if error.code.is_retryable() => {
                     self.doubt_leader(group, target, error.code);
                     reason = error.message;
@@ -551,7 +574,7 @@ impl Cluster {
         if target == self.node() {
             return self.serve(call).await;
         }
-        let is_write = matches!(call, Call::Propose { .. });
+        let is_write = matches!(call, Call::Propose { .. } | Call::ProposeFrozen { .. });
         if !is_write {
             // Small work goes over the mesh; what the mesh cannot do goes over gRPC.
             if let Some(reply) = mesh::ask(target, &call, timeout).await {
@@ -591,8 +614,12 @@ impl Cluster {
 
     async fn try_serve(&self, call: Call) -> Result<Reply, RaftError> {
         match call {
-            Call::Propose { grows: true, .. } if !self.is_writable() => Ok(Reply::Failed(disk_full())),
-            Call::Propose { group, command, timeout_ms, .. } => {
+            Call::Propose { grows: true, .. } | Call::ProposeFrozen { grows: true, .. } if !self.is_writable() => {
+                Ok(Reply::Failed(disk_full()))
+            }
+            Call::Propose { group, .. } if self.leads_frozen(group) => Ok(Reply::Failed(passed_on(group))),
+            Call::Propose { group, command, timeout_ms, .. }
+            | Call::ProposeFrozen { group, command, timeout_ms, .. } => {
                 let timeout = Duration::from_millis(timeout_ms);
                 let (index, outcome) = self.inner.groups.get(group)?.propose(command, timeout).await?;
                 Ok(Reply::Proposed(index, outcome))
@@ -642,12 +669,8 @@ impl Cluster {
                 let deadline = Instant::now() + Duration::from_millis(timeout_ms);
                 // The shards that take its range over may have taken writes already.
                 let is_passed_on = || level == Consistency::Linearizable && local.shard.frozen_by().is_some();
-                let passed_on = || {
-                    let message = format!("the range of shard {} is moving to other shards", group.0);
-                    Ok(Reply::Failed(Error::new(ErrorCode::Stale, message)))
-                };
                 if is_passed_on() {
-                    return passed_on();
+                    return Ok(Reply::Failed(passed_on(group)));
                 }
                 let index = match level {
                     _ if is_planted(Bug::ReadOnFollower) => 0,
@@ -657,7 +680,7 @@ impl Cluster {
                 let left = deadline.saturating_duration_since(Instant::now());
                 local.group.wait_applied(index, left).await?;
                 if is_passed_on() {
-                    return passed_on();
+                    return Ok(Reply::Failed(passed_on(group)));
                 }
                 // What Raft knows may lag behind what the engine has applied, and after a start
                 // the other way round.
@@ -672,6 +695,15 @@ impl Cluster {
                 })
             }
         }
+    }
+
+    /// Whether this node leads a shard that is frozen, by what is applied here. What is refused for that before
+    /// it is proposed need not be refused when it is applied, which is what counts: a log that nothing comes of
+    /// does not grow while clients try again.
+    fn leads_frozen(&self, group: GroupId) -> bool {
+        let shards = self.inner.shards.read();
+        let local = shards.get(&ShardId(group.0));
+        local.is_some_and(|local| local.shard.frozen_by().is_some() && local.group.is_leader())
     }
 
     /// The index that a linearizable read on this node must wait for: from the leader, which
@@ -770,6 +802,10 @@ fn is_idempotent(command: &Command) -> bool {
             | Command::Freeze { .. }
             | Command::Thaw { .. }
     )
+}
+
+fn passed_on(group: GroupId) -> Error {
+    Error::new(ErrorCode::Stale, format!("the range of shard {group} is moving to other shards"))
 }
 
 fn disk_full() -> Error {

@@ -10,7 +10,8 @@
 //!
 //! * Level 1: everything up to the builds of 2026-11-22 that knew no levels.
 //! * Level 2: nodes join with their level; the control group's state carries one (its format 5); answers to
-//!   requests that were done in a part of a shard go along when it is split or merged.
+//!   requests that were done in a part of a shard go along when it is split or merged; frozen shards refuse what
+//!   is proposed to them.
 //!
 //! What is written to a log, to a snapshot or to a disk, or is sent to a node, in a form that builds of the level
 //! before cannot read, belongs to a new level: give it a line here and a name in [`Level`], raise
@@ -33,6 +34,8 @@ impl Level {
     pub const JOINS_TELL_LEVELS: Level = Level(2);
     /// From here on partial answers go along when shards are split or merged.
     pub const PARTIAL_ANSWERS: Level = Level(2);
+    /// From here on what comes into a frozen shard's log is proposed in a way of its own.
+    pub const PASSES_FREEZE: Level = Level(2);
     /// The highest that this build knows.
     pub const LATEST: Level = Level(2);
 
