@@ -11,7 +11,7 @@ use crate::limits::{MAX_ENTRY_BYTES, MAX_POINTS_PER_ENTRY};
 const POINT_BYTES: usize = 64;
 
 /// What goes to each shard, in its order.
-pub fn by_shard<T>(items: Vec<T>, shard_of: impl Fn(&T) -> ShardId) -> BTreeMap<ShardId, Vec<T>> {
+pub(crate) fn by_shard<T>(items: Vec<T>, shard_of: impl Fn(&T) -> ShardId) -> BTreeMap<ShardId, Vec<T>> {
     let mut split: BTreeMap<ShardId, Vec<T>> = BTreeMap::new();
     for item in items {
         split.entry(shard_of(&item)).or_default().push(item);
@@ -20,7 +20,7 @@ pub fn by_shard<T>(items: Vec<T>, shard_of: impl Fn(&T) -> ShardId) -> BTreeMap<
 }
 
 /// Cuts points into entries of at most [`MAX_POINTS_PER_ENTRY`] points and about [`MAX_ENTRY_BYTES`].
-pub fn entries(points: Vec<Point>) -> Vec<Vec<Point>> {
+pub(crate) fn entries(points: Vec<Point>) -> Vec<Vec<Point>> {
     bounded(points, MAX_POINTS_PER_ENTRY, |point| {
         let vectors = point.vectors.iter().map(|(_, vector)| vector.len() * 4);
         POINT_BYTES + point.payload.len() + vectors.sum::<usize>()
@@ -28,7 +28,7 @@ pub fn entries(points: Vec<Point>) -> Vec<Vec<Point>> {
 }
 
 /// Cuts items into entries of at most so many, and about [`MAX_ENTRY_BYTES`]. One that is larger goes alone.
-pub fn bounded<T>(items: Vec<T>, most: usize, bytes_of: impl Fn(&T) -> usize) -> Vec<Vec<T>> {
+pub(crate) fn bounded<T>(items: Vec<T>, most: usize, bytes_of: impl Fn(&T) -> usize) -> Vec<Vec<T>> {
     let mut entries: Vec<Vec<T>> = Vec::new();
     let mut bytes = 0;
     for item in items {

@@ -23,7 +23,7 @@
 //! | [`parse`], [`embed`], [`work`] | files to text, text to vectors, here or on an idle node |
 //! | [`placement`] | who holds what: planned, carried out, ordered by hand |
 //! | [`backup`] | everything to a directory or to S3, and back |
-//! | [`entries`], [`routing`] | points cut into log entries; writes and reads that follow the shard map |
+//! | [`routing`] | writes and reads that follow the shard map |
 //! | [`reshard`] | splitting and merging shards while they are used |
 //! | [`levels`] | nodes of different builds in one cluster, and what waits until they are the same |
 //! | [`tls`] | encryption between nodes |
@@ -40,7 +40,7 @@ mod call;
 pub mod cluster;
 mod control;
 pub mod embed;
-pub mod entries;
+mod entries;
 mod ingest;
 mod latencies;
 pub mod levels;
