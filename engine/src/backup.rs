@@ -164,8 +164,8 @@ pub struct Archive {
     claimed: Option<u64>,
 }
 
-/// Where a reading of chunks that are not visible yet has come to.
-pub type StagedCursor = Option<Vec<u8>>;
+/// Where a reading of records in batches has come to: the key of the last one, none at the beginning.
+pub type RecordCursor = Option<Vec<u8>>;
 
 impl Archive {
     /// An empty one, in a directory of its own.
@@ -242,12 +242,13 @@ impl Archive {
         Ok(points)
     }
 
-    /// Its documents.
+    /// Its documents in batches of about `bytes`: the next ones after `after`, which is moved on.
     ///
     /// # Errors
     /// Damaged, when a record is.
-    pub fn documents(&self) -> Result<Vec<Document>> {
-        self.records(keys::DOCUMENT)
+    pub fn documents(&self, after: &mut RecordCursor, bytes: usize) -> Result<Vec<Document>> {
+        let records = self.batch(keys::DOCUMENT, after, bytes)?;
+        records.into_iter().map(|(key, value)| decode(&key, &value)).collect()
     }
 
     /// Its records of files.
@@ -263,24 +264,15 @@ impl Archive {
     ///
     /// # Errors
     /// Damaged, when a record is.
-    pub fn staged(&self, after: &mut StagedCursor, bytes: usize) -> Result<Vec<StagedChunk>> {
-        let mut staged = Vec::new();
-        let mut taken = 0;
-        let start = after.as_ref().map_or(vec![keys::STAGED], |key| [key.as_slice(), &[0]].concat());
-        for item in self.store.scan_from(&[keys::STAGED], start) {
-            let (key, value) = item?;
+    pub fn staged(&self, after: &mut RecordCursor, bytes: usize) -> Result<Vec<StagedChunk>> {
+        let chunk = |(key, value): (Vec<u8>, Vec<u8>)| {
             let (document, version, chunk) = keys::staged_parts(&key).ok_or_else(|| Error::Damaged {
                 key: key.escape_ascii().to_string(),
                 reason: "not the key of a staged chunk".into(),
             })?;
-            taken += value.len();
-            staged.push(StagedChunk { document, version, chunk, point: decode(&key, &value)? });
-            *after = Some(key);
-            if taken >= bytes {
-                break;
-            }
-        }
-        Ok(staged)
+            Ok(StagedChunk { document, version, chunk, point: decode(&key, &value)? })
+        };
+        self.batch(keys::STAGED, after, bytes)?.into_iter().map(chunk).collect()
     }
 
     /// The answers that it remembers, oldest first: to requests that were done in all of the shard, and to
@@ -322,6 +314,23 @@ impl Archive {
     /// Damaged, when the record is.
     pub fn base(&self) -> Result<u64> {
         Ok(read_meta(&self.store, keys::BASE)?.unwrap_or(0))
+    }
+
+    /// Records of a kind with their keys, about `bytes` of them: the next ones after `after`, which is moved on.
+    fn batch(&self, kind: u8, after: &mut RecordCursor, bytes: usize) -> Result<Vec<(Vec<u8>, Vec<u8>)>> {
+        let (mut records, mut taken) = (Vec::new(), 0);
+        let prefix = [kind];
+        let start = after.as_ref().map_or(prefix.to_vec(), |key| [key.as_slice(), &[0]].concat());
+        for item in self.store.scan_from(&prefix, start) {
+            let (key, value) = item?;
+            taken += value.len();
+            *after = Some(key.clone());
+            records.push((key, value));
+            if taken >= bytes {
+                break;
+            }
+        }
+        Ok(records)
     }
 
     fn records<T: serde::de::DeserializeOwned>(&self, kind: u8) -> Result<Vec<T>> {

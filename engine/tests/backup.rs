@@ -101,7 +101,9 @@ fn a_copy_is_the_shard_and_little_changes_from_one_to_the_next() {
     }
     assert!(found == (0..POINTS).map(point).collect::<Vec<_>>());
     assert_eq!(copy.files().expect("readable"), [file]);
-    assert_eq!(copy.documents().expect("readable")[0].filename, "a.txt");
+    let mut after = None;
+    assert_eq!(copy.documents(&mut after, 1).expect("readable")[0].filename, "a.txt");
+    assert!(copy.documents(&mut after, 1).expect("readable").is_empty(), "there is only one");
 
     apply(&shard, POINTS + 3, Command::Upsert(vec![point(POINTS), point(17)]));
     let (second, _) = pieces(&shard, dir.path());

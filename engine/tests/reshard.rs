@@ -264,9 +264,15 @@ fn seeds(
             points.retain(|point| is_in(point.id.route()));
             seeds.push(seed(at, Seed { points, ..empty.clone() }));
         }
-        let mut documents = archive.documents().expect("readable");
-        documents.retain(|document| is_in(document.id.route()));
-        seeds.push(seed(at, Seed { documents, ..empty.clone() }));
+        let mut after = None;
+        loop {
+            let mut documents = archive.documents(&mut after, 300).expect("readable");
+            if documents.is_empty() {
+                break;
+            }
+            documents.retain(|document| is_in(document.id.route()));
+            seeds.push(seed(at, Seed { documents, ..empty.clone() }));
+        }
         let mut after = None;
         loop {
             let mut staged = archive.staged(&mut after, 300).expect("readable");

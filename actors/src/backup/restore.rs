@@ -24,7 +24,7 @@ use crate::scratch::{Scratch, ScratchCopy};
 const STEP_TIMEOUT: Duration = Duration::from_secs(60);
 /// Entries on their way into shards at once.
 const WRITES_AT_ONCE: usize = 8;
-/// Bytes of points that are read at a time.
+/// Bytes of points, and of documents, that are read at a time.
 const READ_BYTES: usize = 8 << 20;
 
 /// What is put back of a backup, and how.
@@ -310,19 +310,29 @@ impl Restore<'_> {
         copy: &Arc<ScratchCopy>,
         shard: &ShardCopy,
     ) -> Result<Vec<DocumentId>, Error> {
-        let source = copy.clone();
-        let documents = blocking(move || source.archive.documents()).await?;
-        let ids = documents.iter().map(|document| document.id).collect();
         // Work in progress needs its bytes even when nobody keeps the file any more.
         let unfinished: BTreeMap<DocumentId, Object> =
             shard.blobs.iter().map(|blob| (blob.document, blob.object)).collect();
-        let puts = documents.into_iter().map(|document| {
-            let object = unfinished.get(&document.id).copied();
-            self.document(to, files, document, object)
-        });
-        let puts: Vec<_> = puts.collect();
-        futures::stream::iter(puts).buffer_unordered(LARGE_AT_ONCE).try_collect::<()>().await?;
-        Ok(ids)
+        let (mut ids, mut after) = (Vec::new(), None);
+        loop {
+            let source = copy.clone();
+            let (documents, next) = blocking(move || {
+                let mut after = after;
+                source.archive.documents(&mut after, READ_BYTES).map(|documents| (documents, after))
+            })
+            .await?;
+            after = next;
+            if documents.is_empty() {
+                return Ok(ids);
+            }
+            ids.extend(documents.iter().map(|document| document.id));
+            let puts = documents.into_iter().map(|document| {
+                let object = unfinished.get(&document.id).copied();
+                self.document(to, files, document, object)
+            });
+            let puts: Vec<_> = puts.collect();
+            futures::stream::iter(puts).buffer_unordered(LARGE_AT_ONCE).try_collect::<()>().await?;
+        }
     }
 
     async fn document(

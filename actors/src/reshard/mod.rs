@@ -60,12 +60,14 @@ const TAIL_PAUSE: Duration = Duration::from_millis(20);
 const BUSY_PAUSE: Duration = Duration::from_millis(50);
 /// Entries on their way into the new shards at once.
 const WRITES_AT_ONCE: usize = 8;
-/// Bytes that are read of a copy at a time.
+/// Bytes of points, and of documents, that are read of a copy at a time.
 const READ_BYTES: usize = 8 << 20;
 /// Answers to requests in one entry.
 const ANSWERS_AT_ONCE: usize = 200;
-/// Documents in one entry.
+/// The most documents in one entry.
 const DOCUMENTS_AT_ONCE: usize = 50;
+/// What a document takes in an entry besides its name and its attributes, in bytes, about.
+const DOCUMENT_BYTES: usize = 256;
 /// Bytes of the old shards' logs that are fetched at a time.
 const TAIL_BYTES: u64 = 1 << 20;
 /// Attempts after which a change is given up.
@@ -538,12 +540,10 @@ impl<'a> Copying<'a> {
         }
         let mut after = None;
         loop {
-            let (source, config) = (archive.clone(), self.config.clone());
-            let (points, next) = blocking(move || {
-                let mut after = after;
-                source.archive.points(&config, &mut after, READ_BYTES).map(|points| (points, after))
-            })
-            .await?;
+            let config = self.config.clone();
+            let (points, next) =
+                next_batch(&archive, after, move |archive, after| archive.points(&config, after, READ_BYTES))
+                    .await?;
             after = next;
             if points.is_empty() {
                 break;
@@ -554,21 +554,26 @@ impl<'a> Copying<'a> {
             let seeds = seeds.map(|(child, points)| (child, Seed { points, ..seed_of(child) }));
             self.write_seeds(seeds.collect()).await?;
         }
-        let source = archive.clone();
-        let documents = blocking(move || source.archive.documents()).await?;
-        for (child, documents) in self.by_child(documents, |document: &Document| document.id.route()) {
-            let parts = documents.chunks(DOCUMENTS_AT_ONCE);
-            let seeds = parts.map(|part| (child, Seed { documents: part.to_vec(), ..seed_of(child) }));
+        let mut after = None;
+        loop {
+            let (documents, next) =
+                next_batch(&archive, after, |archive, after| archive.documents(after, READ_BYTES)).await?;
+            after = next;
+            if documents.is_empty() {
+                break;
+            }
+            let seeds = self.by_child(documents, |document: &Document| document.id.route()).into_iter();
+            let seeds = seeds.flat_map(|(child, documents)| {
+                let parts = bounded(documents, DOCUMENTS_AT_ONCE, document_bytes).into_iter();
+                parts.map(move |documents| (child, documents))
+            });
+            let seeds = seeds.map(|(child, documents)| (child, Seed { documents, ..seed_of(child) }));
             self.write_seeds(seeds.collect()).await?;
         }
         let mut after = None;
         loop {
-            let source = archive.clone();
-            let (staged, next) = blocking(move || {
-                let mut after = after;
-                source.archive.staged(&mut after, MAX_ENTRY_BYTES).map(|staged| (staged, after))
-            })
-            .await?;
+            let (staged, next) =
+                next_batch(&archive, after, |archive, after| archive.staged(after, MAX_ENTRY_BYTES)).await?;
             after = next;
             if staged.is_empty() {
                 break;
@@ -725,6 +730,25 @@ fn was_refused(config: &CollectionConfig, command: &Command) -> bool {
         }
         _ => false,
     }
+}
+
+fn document_bytes(document: &Document) -> usize {
+    let error = document.error.as_ref().map_or(0, String::len);
+    DOCUMENT_BYTES + document.filename.len() + document.attributes.len() + error
+}
+
+/// The next records of a copy, and where the reading has come to with them.
+async fn next_batch<T: Send + 'static, C: Send + 'static>(
+    copy: &Arc<ScratchCopy>,
+    after: C,
+    read: impl FnOnce(&Archive, &mut C) -> shoal_engine::Result<Vec<T>> + Send + 'static,
+) -> Result<(Vec<T>, C), Error> {
+    let copy = copy.clone();
+    blocking(move || {
+        let mut after = after;
+        read(&copy.archive, &mut after).map(|batch| (batch, after))
+    })
+    .await
 }
 
 async fn blocking<T: Send + 'static>(
