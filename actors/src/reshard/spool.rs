@@ -5,15 +5,20 @@ use std::io::{Seek as _, SeekFrom, Write as _};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use shoal_proto::{Error, ShardId, codec};
+use shoal_proto::{Error, NodeId, ShardId, codec};
 use tokio::task::JoinHandle;
 
-use super::TAIL_PAUSE;
+use super::{BUSY_PAUSE, STEP_TIMEOUT, TAIL_PAUSE};
+use crate::call::{Call, Reply};
 use crate::cluster::Cluster;
 use crate::scratch::Scratch;
+
+/// Bytes of the old shards' logs that are fetched at a time.
+const TAIL_BYTES: u64 = 1 << 20;
 
 /// An old shard's log from some index on, in a file, while a task fetches more of it.
 pub(super) struct Spool {
@@ -128,4 +133,43 @@ async fn keep(file: &Arc<std::fs::File>, commands: Vec<(u64, Option<Bytes>)>) ->
     });
     let piece = written.await.map_err(Error::internal)?.map_err(Error::internal)?;
     Ok(Some((last, piece)))
+}
+
+impl Cluster {
+    /// Commands that a shard has applied after an index, from a replica that has them, and the last index that
+    /// it has applied.
+    pub(super) async fn tail(
+        &self,
+        shard: ShardId,
+        after: u64,
+    ) -> Result<(Vec<(u64, Option<Bytes>)>, u64), Error> {
+        let deadline = Instant::now() + STEP_TIMEOUT;
+        loop {
+            let mut reason = String::from("no replica answers");
+            for node in self.holders(shard) {
+                let call = Call::Tail { group: shard.into(), after, limit_bytes: TAIL_BYTES };
+                match self.call(node, call, Duration::from_secs(5)).await {
+                    Reply::Tail(commands, applied) => return Ok((commands, applied)),
+                    Reply::Failed(error) => reason = format!("node {node}: {}", error.message),
+                    _ => {}
+                }
+            }
+            if Instant::now() > deadline {
+                return Err(Error::unavailable(format!(
+                    "the log of shard {shard} is not to be had: {reason}"
+                )));
+            }
+            tokio::time::sleep(BUSY_PAUSE).await;
+        }
+    }
+
+    /// The nodes that hold a shard, its leader first.
+    pub(super) fn holders(&self, shard: ShardId) -> Vec<NodeId> {
+        let state = self.state();
+        let leader = self.groups().get(shard.into()).ok().and_then(|group| group.leader());
+        let replicas = state.shards.get(&shard).map(|shard| shard.replicas.clone()).unwrap_or_default();
+        let mut nodes: Vec<NodeId> = replicas.into_iter().collect();
+        nodes.sort_by_key(|node| (Some(*node) != leader, *node != self.node()));
+        nodes
+    }
 }

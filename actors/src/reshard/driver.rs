@@ -1,0 +1,81 @@
+//! One collection's change of shards, driven to its end: attempt after attempt, each with new shards.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use shoal_proto::{Error, RequestId};
+use shoal_raft::cluster::{self, ClusterState};
+
+use super::STEP_TIMEOUT;
+use super::copying::Copying;
+use crate::cluster::Cluster;
+
+/// The pause before a failed change is begun anew; it doubles up to the second.
+const RETRY_PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+/// Attempts after which a change is given up.
+const MAX_ATTEMPTS: u32 = 8;
+
+/// Drives one collection's change to its end.
+pub(super) struct Driver {
+    pub(super) cluster: Cluster,
+    pub(super) scratch: PathBuf,
+    pub(super) name: String,
+}
+
+impl Driver {
+    pub(super) async fn run(self) {
+        let began = Instant::now();
+        let mut pause = Duration::ZERO;
+        for _ in 0..MAX_ATTEMPTS {
+            match self.attempt(pause).await {
+                Ok(true) => {
+                    metrics::counter!("shoal_reshards_total", "result" => "ok").increment(1);
+                    let seconds = began.elapsed().as_secs_f64();
+                    tracing::info!(collection = self.name, seconds, "its shards were changed");
+                    return;
+                }
+                Ok(false) => return,
+                Err(error) => {
+                    metrics::counter!("shoal_reshards_total", "result" => "failed").increment(1);
+                    tracing::warn!(collection = self.name, %error, "its shards will be changed in a new attempt");
+                }
+            }
+            pause = (2 * pause).clamp(RETRY_PAUSES.0, RETRY_PAUSES.1);
+        }
+        match self.cluster.abort_reshard(&self.name, Instant::now() + STEP_TIMEOUT).await {
+            Ok(()) => tracing::error!(
+                collection = self.name,
+                "its shards stay as they are: no attempt has succeeded"
+            ),
+            Err(error) => {
+                tracing::warn!(collection = self.name, %error, "the change of its shards is not given up yet")
+            }
+        }
+    }
+
+    /// One attempt. False when there is nothing to do any more. The pause comes when what an attempt before has
+    /// frozen may thaw already.
+    async fn attempt(&self, pause: Duration) -> Result<bool, Error> {
+        let state = self.cluster.fresh_state(Instant::now() + STEP_TIMEOUT).await?;
+        let Some(known) = state.resharding.get(&self.name) else { return Ok(false) };
+        // What another attempt has made may be half of something.
+        let id = RequestId(uuid::Uuid::new_v4().into_bytes());
+        let firsts = known.children.iter().map(|child| state.shards[child].first).collect();
+        let begin = cluster::Command::BeginReshard {
+            reshard: id,
+            instead_of: Some(known.id),
+            name: self.name.clone(),
+            parents: known.parents.clone(),
+            firsts,
+        };
+        self.cluster.control(begin, Instant::now() + STEP_TIMEOUT).await?;
+        tokio::time::sleep(pause).await;
+        let begun =
+            |state: &Arc<ClusterState>| state.resharding.get(&self.name).is_some_and(|now| now.id == id);
+        let state = self.cluster.wait_state(Instant::now() + STEP_TIMEOUT, begun).await?;
+        let copy = Copying::new(self, &state, &state.resharding[&self.name])?;
+        copy.run().await?;
+        Ok(true)
+    }
+}
