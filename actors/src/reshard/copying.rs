@@ -143,15 +143,14 @@ impl<'a> Copying<'a> {
         let (_, begin) = self.cluster.tail(parent, u64::MAX - 1).await?;
         let path = self.scratch.join(format!("{}.tail", uuid::Uuid::new_v4()));
         let spool = Spool::begin(self.cluster.clone(), parent, begin, path)?;
-        let (index, archive) = self.copy(parent, begin).await?;
-        let (base, frozen) = {
-            let archive = archive.clone();
-            blocking(move || Ok((archive.archive.base()?, archive.archive.frozen_by()?))).await?
-        };
-        let seed_of = |child: ShardId| Seed {
+        let (index, copy) = self.copy(parent, begin).await?;
+        let source = copy.clone();
+        let (base, frozen) =
+            blocking(move || Ok((source.archive.base()?, source.archive.frozen_by()?))).await?;
+        let empty = Seed {
             by: self.by,
             from: parent,
-            range: self.range_of(child),
+            range: (Route(0), Route(0)),
             parents: self.parents.iter().map(|(parent, (first, last))| (*parent, *first, *last)).collect(),
             version: base + index,
             points: Vec::new(),
@@ -160,65 +159,89 @@ impl<'a> Copying<'a> {
             answers: Vec::new(),
             indexes: None,
         };
-        let (source, wanted) = (archive.clone(), self.config.payload_indexes.clone());
+        self.seed_answers(&copy, &empty).await?;
+        self.seed_points(&copy, &empty).await?;
+        self.seed_documents(&copy, &empty).await?;
+        self.seed_staged(&copy, &empty).await?;
+        Ok(Source { shard: parent, base, done: index, refusals: Refusals::after(frozen), spool })
+    }
+
+    /// What is to go to a new shard, without any records yet.
+    fn seed_for(&self, child: ShardId, empty: &Seed) -> Seed {
+        Seed { range: self.range_of(child), ..empty.clone() }
+    }
+
+    /// The payload indexes, once, and the answers to requests, which concern every new shard.
+    async fn seed_answers(&self, copy: &Arc<ScratchCopy>, empty: &Seed) -> Result<(), Error> {
+        let (source, wanted) = (copy.clone(), self.config.payload_indexes.clone());
         let (indexes, answers) =
             blocking(move || Ok((source.archive.indexes()?.unwrap_or(wanted), source.archive.answers()?)))
                 .await?;
+        let is_first = self.parents.first().is_some_and(|(first, _)| *first == empty.from);
         for (child, _) in &self.children {
-            let indexes =
-                self.parents.first().is_some_and(|(first, _)| *first == parent).then(|| indexes.clone());
-            self.write_seed(*child, Seed { indexes, ..seed_of(*child) }).await?;
+            let indexes = is_first.then(|| indexes.clone());
+            self.write_seed(*child, Seed { indexes, ..self.seed_for(*child, empty) }).await?;
             // In their order: the oldest are forgotten first.
             for answers in answers.chunks(ANSWERS_AT_ONCE) {
-                self.write_seed(*child, Seed { answers: answers.to_vec(), ..seed_of(*child) }).await?;
+                let answers = answers.to_vec();
+                self.write_seed(*child, Seed { answers, ..self.seed_for(*child, empty) }).await?;
             }
         }
+        Ok(())
+    }
+
+    async fn seed_points(&self, copy: &Arc<ScratchCopy>, empty: &Seed) -> Result<(), Error> {
         let mut after = None;
         loop {
             let config = self.config.clone();
             let (points, next) =
-                next_batch(&archive, after, move |archive, after| archive.points(&config, after, READ_BYTES))
+                next_batch(copy, after, move |archive, after| archive.points(&config, after, READ_BYTES))
                     .await?;
             after = next;
             if points.is_empty() {
-                break;
+                return Ok(());
             }
             let seeds = self.by_child(points, |point: &Point| point.id.route()).into_iter();
             let seeds = seeds
                 .flat_map(|(child, points)| entries(points).into_iter().map(move |points| (child, points)));
-            let seeds = seeds.map(|(child, points)| (child, Seed { points, ..seed_of(child) }));
+            let seeds = seeds.map(|(child, points)| (child, Seed { points, ..self.seed_for(child, empty) }));
             self.write_seeds(seeds.collect()).await?;
         }
+    }
+
+    async fn seed_documents(&self, copy: &Arc<ScratchCopy>, empty: &Seed) -> Result<(), Error> {
         let mut after = None;
         loop {
             let (documents, next) =
-                next_batch(&archive, after, |archive, after| archive.documents(after, READ_BYTES)).await?;
+                next_batch(copy, after, |archive, after| archive.documents(after, READ_BYTES)).await?;
             after = next;
             if documents.is_empty() {
-                break;
+                return Ok(());
             }
             let seeds = self.by_child(documents, |document: &Document| document.id.route()).into_iter();
             let seeds = seeds.flat_map(|(child, documents)| {
                 let parts = bounded(documents, DOCUMENTS_AT_ONCE, document_bytes).into_iter();
                 parts.map(move |documents| (child, documents))
             });
-            let seeds = seeds.map(|(child, documents)| (child, Seed { documents, ..seed_of(child) }));
+            let seeds =
+                seeds.map(|(child, documents)| (child, Seed { documents, ..self.seed_for(child, empty) }));
             self.write_seeds(seeds.collect()).await?;
         }
+    }
+
+    async fn seed_staged(&self, copy: &Arc<ScratchCopy>, empty: &Seed) -> Result<(), Error> {
         let mut after = None;
         loop {
             let (staged, next) =
-                next_batch(&archive, after, |archive, after| archive.staged(after, MAX_ENTRY_BYTES)).await?;
+                next_batch(copy, after, |archive, after| archive.staged(after, MAX_ENTRY_BYTES)).await?;
             after = next;
             if staged.is_empty() {
-                break;
+                return Ok(());
             }
-            let staged = self.by_child(staged, |chunk: &StagedChunk| chunk.document.route());
-            let seeds = staged.into_iter().map(|(child, staged)| (child, Seed { staged, ..seed_of(child) }));
+            let seeds = self.by_child(staged, |chunk: &StagedChunk| chunk.document.route()).into_iter();
+            let seeds = seeds.map(|(child, staged)| (child, Seed { staged, ..self.seed_for(child, empty) }));
             self.write_seeds(seeds.collect()).await?;
         }
-        let refusals = Refusals::after(frozen);
-        Ok(Source { shard: parent, base, done: index, refusals, spool })
     }
 
     /// A copy of an old shard in files of this node, and the last index that it has: `least` or a later one,
