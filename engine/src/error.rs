@@ -70,6 +70,11 @@ impl From<Error> for shoal_proto::Error {
             error if error.is_damage() => {
                 shoal_proto::Error::unavailable(format!("a replica is damaged: {error}"))
             }
+            Error::Io(error) | Error::Store(sled::Error::Io(error))
+                if error.kind() == std::io::ErrorKind::StorageFull =>
+            {
+                shoal_proto::Error::new(ErrorCode::DiskFull, "the disk is full")
+            }
             error => shoal_proto::Error::new(ErrorCode::Internal, error),
         }
     }

@@ -8,15 +8,17 @@ use std::time::{Duration, Instant};
 use futures::{StreamExt, TryStreamExt};
 use shoal_engine::backup::Archive;
 use shoal_engine::check_point;
-use shoal_engine::command::{Command, Document, Envelope, Point, Replay, Seed, StagedChunk};
+use shoal_engine::command::{Answer, Command, Document, Envelope, Point, Read, Replay, Seed, StagedChunk};
 use shoal_engine::reshard::Refusals;
 use shoal_proto::{CollectionConfig, Error, ErrorCode, NodeId, RequestId, Route, ShardId, codec};
 use shoal_raft::cluster::{self, ClusterState, Reshard};
 
 use super::driver::Driver;
+use super::progress::{PATIENCE, Progress};
 use super::spool::Spool;
 use super::{BUSY_PAUSE, STEP_TIMEOUT, TAIL_PAUSE};
-use crate::cluster::Cluster;
+use crate::call::Consistency;
+use crate::cluster::{Cluster, ReadOptions};
 use crate::entries::{bounded, by_shard, entries};
 use crate::limits::MAX_ENTRY_BYTES;
 use crate::scratch::{Scratch, ScratchCopy};
@@ -80,27 +82,47 @@ impl<'a> Copying<'a> {
         })
     }
 
+    /// # Errors
+    /// Disk full, before anything is copied, when there is no room for it; busy when no end of the replaying is
+    /// to be seen; anything else may be otherwise the next time.
     pub(super) async fn run(&self) -> Result<(), Error> {
+        self.check_room().await?;
         let mut sources = Vec::new();
         for (parent, _) in &self.parents {
             sources.push(self.seed(*parent).await?);
         }
-        // In turn: while one catches up the other falls behind.
-        let mut is_far = true;
-        while is_far {
-            is_far = false;
-            for source in &mut sources {
-                if source.spool.behind(source.done)? > LITTLE {
-                    self.replay_some(source).await?;
-                    is_far = true;
-                }
-            }
-        }
+        self.catch_up(&mut sources).await?;
         let frozen = Instant::now();
         let passed_on = tokio::time::timeout(FREEZE_LIMIT, self.pass_on(&mut sources)).await;
         metrics::histogram!("shoal_reshard_frozen_seconds").record(frozen.elapsed().as_secs_f64());
         passed_on
             .map_err(|_| Error::unavailable(format!("it was not done within {FREEZE_LIMIT:?} of freezing")))?
+    }
+
+    /// Replays what is written meanwhile until little of it is left.
+    async fn catch_up(&self, sources: &mut [Source]) -> Result<(), Error> {
+        let mut progress = Progress::begin(Instant::now());
+        loop {
+            let mut left = 0u64;
+            // In turn: while one catches up the other falls behind.
+            for source in &mut *sources {
+                let behind = source.spool.behind(source.done)?;
+                if behind > LITTLE {
+                    self.replay_some(source).await?;
+                    left = left.saturating_add(behind);
+                }
+            }
+            if left == 0 {
+                return Ok(());
+            }
+            if !progress.goes_on(left, Instant::now()) {
+                let message = format!(
+                    "as much is written to the old shards as the new ones can take in: {left} entries are left, and \
+                     that has hardly become less for {PATIENCE:?}"
+                );
+                return Err(Error::new(ErrorCode::Busy, message));
+            }
+        }
     }
 
     /// Freezes the old shards and lets the new ones take their place.
@@ -265,8 +287,6 @@ impl<'a> Copying<'a> {
                     continue;
                 }
             };
-            let bytes = std::fs::metadata(&file.0).map_err(Error::internal)?.len();
-            self.check_room(2 * bytes).await?;
             let dir = Scratch(self.scratch.join(uuid::Uuid::new_v4().to_string()));
             let copied = blocking(move || {
                 let mut archive = Archive::create(&dir.0)?;
@@ -276,30 +296,46 @@ impl<'a> Copying<'a> {
             .await;
             match copied {
                 Ok(copy) => return Ok((index, Arc::new(copy))),
+                // It is this node's disk, whoever gives the state.
+                Err(error) if error.code == ErrorCode::DiskFull => return Err(error),
                 Err(error) => reason = format!("node {node}: {error}"),
             }
         }
         Err(Error::unavailable(format!("no replica of shard {parent} gives its state: {reason}")))
     }
 
-    /// Whether this node has room for a copy, and the nodes of the new shards for what they are to hold.
-    async fn check_room(&self, bytes: u64) -> Result<(), Error> {
-        let state = self.cluster.state();
-        let reports = self.cluster.reports().await;
-        let mut nodes: BTreeSet<NodeId> = BTreeSet::from([self.cluster.node()]);
-        for (child, _) in &self.children {
-            nodes.extend(state.shards.get(child).into_iter().flat_map(|shard| &shard.replicas));
-        }
-        let is_short = |node: &NodeId| {
-            reports.get(node).is_some_and(|report| !report.is_writable || report.disk_free_bytes < bytes)
-        };
-        match nodes.iter().find(|node| is_short(node)) {
-            Some(node) => {
-                let message = format!("the disk of node {node} has no room for it: {bytes} bytes are needed");
-                Err(Error::new(ErrorCode::DiskFull, message))
+    /// Whether there is room: on this node for an export of the largest old shard and the store that is made of
+    /// it, and on the nodes of the new ones for what they are to hold, in stores and graphs.
+    async fn check_room(&self) -> Result<(), Error> {
+        let mut options = ReadOptions::linearizable(Instant::now() + STEP_TIMEOUT);
+        options.level = Consistency::Eventual;
+        let (mut largest, mut all) = (0, 0);
+        for (parent, _) in &self.parents {
+            if let Answer::Stats(stats) = self.cluster.read(*parent, Read::Stats, &options).await?.0 {
+                largest = stats.disk_bytes.max(largest);
+                all += stats.disk_bytes;
             }
-            None => Ok(()),
         }
+        let state = self.cluster.state();
+        let children = self.children.iter().filter_map(|(child, _)| state.shards.get(child));
+        let holders: BTreeSet<NodeId> = children.flat_map(|shard| shard.replicas.clone()).collect();
+        let mut needed = BTreeMap::from([(self.cluster.node(), 2 * largest)]);
+        for node in holders {
+            *needed.entry(node).or_default() += 2 * all;
+        }
+        let reports = self.cluster.reports().await;
+        for (node, bytes) in needed {
+            let Some(report) = reports.get(&node) else { continue };
+            let free = report.disk_free_bytes;
+            // A node that has just started does not know yet how much is free.
+            if !report.is_writable || (1..bytes).contains(&free) {
+                let message = format!(
+                    "the disk of node {node} has no room for it: {bytes} bytes are needed, {free} free"
+                );
+                return Err(Error::new(ErrorCode::DiskFull, message));
+            }
+        }
+        Ok(())
     }
 
     fn range_of(&self, child: ShardId) -> (Route, Route) {

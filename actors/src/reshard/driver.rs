@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use shoal_proto::{Error, RequestId};
+use shoal_proto::{Error, ErrorCode, RequestId};
 use shoal_raft::cluster::{self, ClusterState};
 
 use super::STEP_TIMEOUT;
@@ -23,35 +23,57 @@ pub(super) struct Driver {
     pub(super) name: String,
 }
 
+/// Whether a change that has failed may have more luck in another attempt. Where a disk is full, or as much is
+/// written as can be replayed, it would only do the same work again, and more harm.
+fn is_worth_repeating(error: &Error) -> bool {
+    !matches!(error.code, ErrorCode::DiskFull | ErrorCode::Busy)
+}
+
 impl Driver {
-    pub(super) async fn run(self) {
+    /// Returns whether the shards were changed; otherwise that was given up, here or by somebody's order.
+    pub(super) async fn run(self) -> bool {
         let began = Instant::now();
         let mut pause = Duration::ZERO;
+        let mut reason = String::new();
         for _ in 0..MAX_ATTEMPTS {
             match self.attempt(pause).await {
                 Ok(true) => {
                     metrics::counter!("shoal_reshards_total", "result" => "ok").increment(1);
                     let seconds = began.elapsed().as_secs_f64();
                     tracing::info!(collection = self.name, seconds, "its shards were changed");
-                    return;
+                    return true;
                 }
-                Ok(false) => return,
+                Ok(false) => return false,
                 Err(error) => {
                     metrics::counter!("shoal_reshards_total", "result" => "failed").increment(1);
-                    tracing::warn!(collection = self.name, %error, "its shards will be changed in a new attempt");
+                    let is_last = !is_worth_repeating(&error);
+                    reason = error.message;
+                    if is_last {
+                        break;
+                    }
+                    tracing::warn!(
+                        collection = self.name,
+                        reason,
+                        "its shards will be changed in a new attempt"
+                    );
                 }
             }
             pause = (2 * pause).clamp(RETRY_PAUSES.0, RETRY_PAUSES.1);
         }
+        // What was copied goes with it, which matters where a disk is full.
         match self.cluster.abort_reshard(&self.name, Instant::now() + STEP_TIMEOUT).await {
-            Ok(()) => tracing::error!(
-                collection = self.name,
-                "its shards stay as they are: no attempt has succeeded"
-            ),
+            Ok(()) => {
+                tracing::error!(
+                    collection = self.name,
+                    reason,
+                    "the change of its shards is given up: they stay as they are"
+                )
+            }
             Err(error) => {
                 tracing::warn!(collection = self.name, %error, "the change of its shards is not given up yet")
             }
         }
+        false
     }
 
     /// One attempt. False when there is nothing to do any more. The pause comes when what an attempt before has

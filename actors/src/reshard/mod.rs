@@ -15,6 +15,7 @@
 mod copying;
 mod driver;
 mod order;
+mod progress;
 mod spool;
 
 use std::path::PathBuf;
@@ -122,7 +123,9 @@ impl ReshardsState {
         let state = cluster.state();
         if let Some(name) = state.resharding.keys().next().cloned() {
             let driver = Driver { cluster: cluster.clone(), scratch: self.arguments.scratch.clone(), name };
-            self.running = Some(Running(tokio::spawn(driver.run())));
+            self.running = Some(Running(tokio::spawn(async move {
+                driver.run().await;
+            })));
         } else if self.arguments.limits.split_bytes > 0 && Instant::now() >= self.sizes_at {
             self.sizes_at = Instant::now() + SIZES_EVERY;
             let sizes = split_a_large_one(cluster.clone(), self.arguments.limits.split_bytes);

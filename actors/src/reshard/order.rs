@@ -48,7 +48,8 @@ impl Cluster {
         deadline: Instant,
     ) -> Result<(), Error> {
         if name == FILES_COLLECTION {
-            let message = "the collection of files keeps the shards that it was made with: the bytes of files lie by them";
+            let message = "the collection of files keeps the shards that it was made with: \
+                           the bytes of files lie by them";
             return Err(Error::new(ErrorCode::Conflict, message));
         }
         let reshard = RequestId(uuid::Uuid::new_v4().into_bytes());

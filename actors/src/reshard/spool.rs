@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use shoal_proto::{Error, NodeId, ShardId, codec};
+use shoal_proto::{Error, ErrorCode, NodeId, ShardId, codec};
 use tokio::task::JoinHandle;
 
 use super::{BUSY_PAUSE, STEP_TIMEOUT, TAIL_PAUSE};
@@ -32,10 +32,8 @@ pub(super) struct Spool {
 struct Spooled {
     /// Where in the file the next pieces are.
     pieces: VecDeque<(u64, usize)>,
-    /// The last index that was fetched.
-    last: u64,
-    /// Whether all that was applied when it was fetched last is there.
-    is_current: bool,
+    /// The last index that was applied when it was asked last.
+    applied: Option<u64>,
     failed: Option<Error>,
 }
 
@@ -45,19 +43,19 @@ impl Spool {
             std::fs::create_dir_all(path.parent().unwrap_or(Path::new(".")))?;
             std::fs::File::options().create_new(true).read(true).write(true).open(&path)
         };
-        let file = Arc::new(open().map_err(Error::internal)?);
-        let shared = Arc::new(Mutex::new(Spooled { last: after, ..Spooled::default() }));
-        let fetching = tokio::spawn(fetch(cluster, shard, file.clone(), shared.clone()));
+        let file = Arc::new(open().map_err(on_disk)?);
+        let shared: Arc<Mutex<Spooled>> = Arc::default();
+        let fetching = tokio::spawn(fetch(cluster, (shard, after), file.clone(), shared.clone()));
         Ok(Spool { file, shared, fetching, _path: Scratch(path) })
     }
 
-    /// How many entries there are, as far as is known, after an index: very many before that is known.
+    /// How many entries were applied after an index, as far as is known: very many before anything is.
     pub(super) fn behind(&self, index: u64) -> Result<u64, Error> {
         let spooled = self.shared.lock();
-        match &spooled.failed {
-            Some(error) => Err(error.clone()),
-            None if spooled.is_current => Ok(spooled.last.saturating_sub(index)),
-            None => Ok(u64::MAX),
+        match (&spooled.failed, spooled.applied) {
+            (Some(error), _) => Err(error.clone()),
+            (None, Some(applied)) => Ok(applied.saturating_sub(index)),
+            (None, None) => Ok(u64::MAX),
         }
     }
 
@@ -87,10 +85,15 @@ impl Drop for Spool {
     }
 }
 
-async fn fetch(cluster: Cluster, shard: ShardId, file: Arc<std::fs::File>, shared: Arc<Mutex<Spooled>>) {
-    let mut after = shared.lock().last;
+async fn fetch(
+    cluster: Cluster,
+    (shard, mut after): (ShardId, u64),
+    file: Arc<std::fs::File>,
+    shared: Arc<Mutex<Spooled>>,
+) {
     loop {
         let fetched = match cluster.tail(shard, after).await {
+            Ok(_) if !cluster.is_writable() => Err(disk_full()),
             Ok((commands, applied)) => keep(&file, commands).await.map(|kept| (kept, applied)),
             Err(error) => Err(error),
         };
@@ -101,10 +104,9 @@ async fn fetch(cluster: Cluster, shard: ShardId, file: Arc<std::fs::File>, share
                     if let Some((last, piece)) = kept {
                         after = last;
                         spooled.pieces.push_back(piece);
-                        spooled.last = last;
                     }
-                    spooled.is_current = after >= applied;
-                    spooled.is_current
+                    spooled.applied = Some(applied);
+                    after >= applied
                 }
                 Err(error) => {
                     spooled.failed = Some(error);
@@ -131,8 +133,19 @@ async fn keep(file: &Arc<std::fs::File>, commands: Vec<(u64, Option<Bytes>)>) ->
         file.write_all(&bytes)?;
         std::io::Result::Ok((offset, bytes.len()))
     });
-    let piece = written.await.map_err(Error::internal)?.map_err(Error::internal)?;
+    let piece = written.await.map_err(Error::internal)?.map_err(on_disk)?;
     Ok(Some((last, piece)))
+}
+
+fn on_disk(error: std::io::Error) -> Error {
+    match error.kind() {
+        std::io::ErrorKind::StorageFull => disk_full(),
+        _ => Error::internal(error),
+    }
+}
+
+fn disk_full() -> Error {
+    Error::new(ErrorCode::DiskFull, "the disk of this node has no room for the log of an old shard")
 }
 
 impl Cluster {
