@@ -7,11 +7,16 @@
 //! ```
 //!
 //! Both ways are one: neighbours of one collection give way to others that cover the same range. Where the
-//! control group is led, one task drives one change. It keeps nothing: whoever leads next begins anew, with
-//! new shards. From the freezing on the old shards refuse writes, and reads that must see the latest; edges
-//! that have the old map ask again with the new one, unseen by clients. Who has frozen a shard and is gone
-//! is found out by the shard's leader ([`thaw_if_given_up`]).
+//! control group is led, one task drives one change, the only one in the cluster; others that were ordered wait.
+//! It keeps nothing: whoever leads next begins anew, with new shards. From the freezing on the old shards refuse
+//! writes, and reads that must see the latest; edges that have the old map ask again with the new one, unseen by
+//! clients. Who has frozen a shard and is gone is found out by the shard's leader ([`thaw_if_given_up`]).
+//!
+//! An attempt that fails is repeated a few times, unless nothing speaks for more luck: no disk is filled twice,
+//! and no log chased that grows as fast as it is replayed. A shard that is too large is split by itself when
+//! placement has nothing to do, and left alone for a while when that was given up.
 
+mod backoff;
 mod copying;
 mod driver;
 mod order;
@@ -28,6 +33,7 @@ use shoal_proto::{GroupId, ShardId};
 use shoal_raft::cluster::ClusterState;
 use tokio::task::JoinHandle;
 
+use self::backoff::Backoff;
 use self::driver::Driver;
 use crate::FILES_COLLECTION;
 use crate::call::Consistency;
@@ -70,12 +76,16 @@ impl Drop for Running {
 pub(crate) enum ReshardsMessage {
     /// Look whether something is to be done.
     Tick,
+    /// A change of this shard was given up, or could not be ordered.
+    GaveUp(ShardId),
 }
 
 pub(crate) struct ReshardsState {
     arguments: ReshardsArguments,
     running: Option<Running>,
     sizes_at: Instant,
+    /// The shards that are not split by themselves for a while.
+    backoff: Backoff,
 }
 
 impl Actor for Reshards {
@@ -93,24 +103,26 @@ impl Actor for Reshards {
             std::fs::remove_dir_all(&arguments.scratch)?;
         }
         myself.send_interval(TICK, || ReshardsMessage::Tick);
-        Ok(ReshardsState { arguments, running: None, sizes_at: Instant::now() + SIZES_EVERY })
+        let sizes_at = Instant::now() + SIZES_EVERY;
+        Ok(ReshardsState { arguments, running: None, sizes_at, backoff: Backoff::default() })
     }
 
     async fn handle(
         &self,
-        _: ActorRef<ReshardsMessage>,
+        myself: ActorRef<ReshardsMessage>,
         message: ReshardsMessage,
         state: &mut ReshardsState,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            ReshardsMessage::Tick => state.tick(),
+            ReshardsMessage::Tick => state.tick(&myself),
+            ReshardsMessage::GaveUp(shard) => state.backoff.note(shard, Instant::now()),
         }
         Ok(())
     }
 }
 
 impl ReshardsState {
-    fn tick(&mut self) {
+    fn tick(&mut self, myself: &ActorRef<ReshardsMessage>) {
         let cluster = &self.arguments.cluster;
         let leads = cluster.groups().get(GroupId::CONTROL).is_ok_and(|control| control.is_leader());
         if !leads {
@@ -120,34 +132,52 @@ impl ReshardsState {
         if self.running.as_ref().is_some_and(|running| !running.0.is_finished()) {
             return;
         }
+        let (cluster, myself, now) = (cluster.clone(), myself.clone(), Instant::now());
         let state = cluster.state();
-        if let Some(name) = state.resharding.keys().next().cloned() {
-            let driver = Driver { cluster: cluster.clone(), scratch: self.arguments.scratch.clone(), name };
+        if let Some((name, reshard)) = state.resharding.iter().next() {
+            let (name, parents) = (name.clone(), reshard.parents.clone());
+            let driver = Driver { cluster, scratch: self.arguments.scratch.clone(), name };
             self.running = Some(Running(tokio::spawn(async move {
-                driver.run().await;
+                if !driver.run().await {
+                    parents.into_iter().for_each(|parent| gave_up(&myself, parent));
+                }
             })));
-        } else if self.arguments.limits.split_bytes > 0 && Instant::now() >= self.sizes_at {
-            self.sizes_at = Instant::now() + SIZES_EVERY;
-            let sizes = split_a_large_one(cluster.clone(), self.arguments.limits.split_bytes);
-            self.running = Some(Running(tokio::spawn(sizes)));
+        } else if self.arguments.limits.split_bytes > 0 && now >= self.sizes_at {
+            self.sizes_at = now + SIZES_EVERY;
+            self.backoff.retain(|shard| state.shards.contains_key(&shard));
+            let collections = state.usable_collections().filter(|(name, _)| *name != FILES_COLLECTION);
+            let shards = collections.flat_map(|(_, collection)| collection.shards.iter().copied());
+            let shards = shards.filter(|shard| !self.backoff.rests(*shard, now)).collect();
+            let split = split_a_large_one(cluster, shards, self.arguments.limits.split_bytes, myself);
+            self.running = Some(Running(tokio::spawn(split)));
         }
     }
 }
 
-/// Orders that the largest shard be split that can be, if it is larger than a shard should be.
-async fn split_a_large_one(cluster: Cluster, limit: u64) {
-    let state = cluster.state();
-    if state.is_placement_paused {
-        return;
+fn gave_up(myself: &ActorRef<ReshardsMessage>, shard: ShardId) {
+    // An actor that has ended knows nothing of it, as one that is new does not.
+    drop(myself.cast(ReshardsMessage::GaveUp(shard)));
+}
+
+/// Orders that the largest of some shards be split that can be, if it is larger than a shard should be.
+async fn split_a_large_one(
+    cluster: Cluster,
+    shards: Vec<ShardId>,
+    limit: u64,
+    myself: ActorRef<ReshardsMessage>,
+) {
+    // One thing at a time: what is made of a shard moves to other nodes first.
+    match cluster.plan().await {
+        Ok(plan) if !plan.is_paused && plan.steps.is_empty() && plan.moving.is_empty() => {}
+        _ => return,
     }
     let mut options = ReadOptions::linearizable(Instant::now() + STEP_TIMEOUT);
     options.level = Consistency::Eventual;
     let mut large: Vec<(u64, ShardId)> = Vec::new();
-    let collections = state.usable_collections().filter(|(name, _)| *name != FILES_COLLECTION);
-    for shard in collections.flat_map(|(_, collection)| &collection.shards) {
-        match cluster.read(*shard, Read::Stats, &options).await {
+    for shard in shards {
+        match cluster.read(shard, Read::Stats, &options).await {
             Ok((Answer::Stats(stats), _)) if stats.disk_bytes > limit => {
-                large.push((stats.disk_bytes, *shard))
+                large.push((stats.disk_bytes, shard))
             }
             _ => {}
         }
@@ -160,7 +190,8 @@ async fn split_a_large_one(cluster: Cluster, limit: u64) {
                 return;
             }
             Err(error) => {
-                tracing::warn!(shard = shard.0, %error, "a shard that is too large cannot be split")
+                tracing::warn!(shard = shard.0, %error, "a shard that is too large cannot be split");
+                gave_up(&myself, shard);
             }
         }
     }

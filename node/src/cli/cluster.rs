@@ -207,7 +207,9 @@ async fn reshard(client: &Client, path: &str, body: Value) -> Result<()> {
                 .map(|shard| shard["id"].to_string())
                 .collect();
             if new.is_empty() {
-                bail!("it was given up, and the shards stay as they are; the node that leads the control group logs why");
+                bail!(
+                    "it was given up, and the shards stay as they are; the node that leads the control group logs why"
+                );
             }
             println!("done in {:.1} s: shards {}", began.elapsed().as_secs_f64(), new.join(", "));
             return Ok(());
