@@ -75,6 +75,8 @@ pub struct CollectionView {
     pub shards: Vec<u64>,
     /// How many replicas each shard wants.
     pub replication_factor: usize,
+    /// Whether it is being put back from a backup: then nobody sees it but here.
+    pub is_restoring: bool,
 }
 
 /// A shard.
