@@ -26,6 +26,8 @@ const DIMENSIONS: usize = 4;
 const LIMIT: usize = 10_000;
 const IDS: u64 = 60;
 const DOCUMENTS: u8 = 6;
+/// An index at which replicas sum up their states.
+const SUMMED: u64 = 256;
 const BY: RequestId = RequestId([9; 16]);
 const OTHER: RequestId = RequestId([8; 16]);
 
@@ -101,6 +103,32 @@ impl Rig {
         for at in applied..self.log.len() {
             self.play(at);
         }
+    }
+
+    fn replay(&mut self, replay: &Replay) -> Outcome {
+        self.command(Command::Replay(Box::new(replay.clone())))
+    }
+
+    /// Crashes while the next entry, a replay, is being applied. Each of its commands is a step of its own in the
+    /// store, and the entry's tag comes with the last one: what a crash after some of them leaves is what an
+    /// entry of these alone makes, with the tag of the entry before.
+    fn crash_within(&mut self, replay: &Replay, done: usize) {
+        let tag = self.shard().applied_tag().expect("readable");
+        let tag = tag.unwrap_or_else(|| 0u64.to_be_bytes().to_vec());
+        let some = Replay { commands: replay.commands[..done].to_vec(), ..replay.clone() };
+        let command = Command::Replay(Box::new(some));
+        let command = Some(codec::encode(&Envelope { request_id: None, now: 7, command }));
+        self.shard().apply(vec![Entry { index: self.index() + 1, tag, command }]).expect("applies");
+        self.restart();
+    }
+
+    /// The sum over the state that replicas compare, as if the log had grown to where they do.
+    fn sum(&self) -> u64 {
+        assert!(self.index() < SUMMED, "it is summed up at an index that is still to come");
+        let tag = SUMMED.to_be_bytes().to_vec();
+        self.shard().apply(vec![Entry { index: SUMMED, tag, command: None }]).expect("applies");
+        let sums = self.shard().state_sums();
+        sums.last().expect("it is summed up there").1
     }
 
     fn points(&self) -> BTreeMap<PointId, Held> {
@@ -293,7 +321,7 @@ fn replay(
     (from, to): (usize, usize),
     mut refusals: Refusals,
     range: Range,
-) -> Command {
+) -> Replay {
     let commands = (from..to).filter_map(|at| {
         let envelope: Envelope = codec::decode(&parent.log[at]).expect("an envelope");
         if refusals.has_refused(&envelope.command) {
@@ -302,7 +330,7 @@ fn replay(
         let command = envelope.command.within(range.0, range.1)?;
         Some((base + at as u64 + 1, Envelope { command, ..envelope }))
     });
-    Command::Replay(Box::new(Replay { by: BY, from: parent.id, commands: commands.collect() }))
+    Replay { by: BY, from: parent.id, commands: commands.collect() }
 }
 
 /// Takes over what `parents` hold, while they are written to.
@@ -356,9 +384,12 @@ fn take_over(
             }
             for (child, range) in children.iter_mut().zip(ranges) {
                 let part = replay(parent, base, (done, upto), refusals, *range);
-                child.command(part.clone());
                 if coin.random_ratio(1, 4) {
-                    child.command(part);
+                    child.crash_within(&part, coin.random_range(0..=part.commands.len()));
+                }
+                child.replay(&part);
+                if coin.random_ratio(1, 4) {
+                    child.replay(&part);
                 }
                 // A seed that was on its way since then must not bring anything back.
                 if let Some((_, late)) = seeds.get(coin.random_range(0..seeds.len())).filter(|_| upto > done)
@@ -500,6 +531,39 @@ fn split_and_merged_shards_hold_what_one_would() {
     }
 }
 
+/// A crash after any of the commands that one entry replays: then it is applied to its end, and the state has
+/// the same bytes as on a replica that has not crashed.
+#[test]
+fn a_crash_after_any_command_of_a_replay_changes_nothing() {
+    for seed in 0..4 {
+        let (mut coin, mut requests) = (StdRng::seed_from_u64(seed), Vec::new());
+        let mut parent = Rig::new(1);
+        (0..30).for_each(|_| write(&mut parent, ALL, &mut requests, &mut coin));
+        let (seeds, base, refusals) = seeds(&parent, &[(parent.id, ALL)], &[LOW]);
+        let start = parent.log.len();
+        (0..20).for_each(|_| write(&mut parent, ALL, &mut requests, &mut coin));
+        let part = replay(&parent, base, (start, parent.log.len()), refusals, LOW);
+        assert!(part.commands.len() > 3, "{} commands", part.commands.len());
+        let sum_after = |crash: Option<usize>| {
+            let mut child = Rig::new(2);
+            for (_, seed) in &seeds {
+                child.command(Command::Seed(Box::new(seed.clone())));
+            }
+            child.checkpoint();
+            if let Some(done) = crash {
+                child.crash_within(&part, done);
+            }
+            assert_eq!(child.replay(&part), Outcome::Done(0));
+            assert_eq!(child.command(Command::EndAdoption { by: BY }), Outcome::Done(0));
+            child.sum()
+        };
+        let whole = sum_after(None);
+        for done in 0..=part.commands.len() {
+            assert_eq!(sum_after(Some(done)), whole, "seed {seed}, a crash after {done} commands");
+        }
+    }
+}
+
 /// A request that touches two shards, of which only one has answered it when they are merged: in what it is
 /// asked for again, exactly what is missing is done.
 #[test]
@@ -553,7 +617,7 @@ fn a_request_that_one_of_two_shards_has_answered_is_finished() {
         parents[0].command(Command::Upsert(vec![said(low, "another"), said(old[0], "old")]));
         parents[1].command(Command::Upsert(vec![said(high, "another"), said(old[1], "old")]));
         for (parent, (start, base, refusals)) in parents.iter().zip(starts) {
-            merged.command(replay(parent, base, (start, parent.log.len()), refusals, ALL));
+            merged.replay(&replay(parent, base, (start, parent.log.len()), refusals, ALL));
         }
         merged.command(Command::EndAdoption { by: BY });
         merged.restart();
