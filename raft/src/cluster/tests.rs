@@ -5,7 +5,9 @@ use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::path::Path;
 
-use shoal_proto::{CollectionConfig, Distance, Level, NodeId, RequestId, Route, ShardId, VectorParams};
+use shoal_proto::{
+    CollectionConfig, Distance, GroupId, Level, NodeId, Position, RequestId, Route, ShardId, VectorParams,
+};
 
 use super::*;
 
@@ -51,6 +53,11 @@ fn step(state: &mut ClusterState, words: &[&str]) -> String {
         ["route", collection, route] => {
             let (_, found) = state.collection(collection).expect("exists");
             return format!("shard {}\n", state.shard_of(found, Route(number(route) as u32)));
+        }
+        ["behind", seen] => {
+            let mut position = Position::default();
+            seen.split(',').for_each(|group| position.advance(GroupId(number(group)), 1));
+            return format!("{}\n", state.is_behind(&position));
         }
         ["create-cluster", id] => Command::CreateCluster { cluster_id: (*id).to_owned() },
         ["add-node", name, incarnation, zone @ ..] => Command::AddNode {
