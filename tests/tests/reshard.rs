@@ -29,6 +29,9 @@ const NEEDLES: u64 = 20;
 /// The longest time in which no writer has an acknowledgement while shards are changed.
 const GAP_LIMIT: Duration = Duration::from_secs(2);
 
+/// How long a read may take that shows an old token, or a wrong one.
+const TOKEN_LIMIT: Duration = Duration::from_secs(5);
+
 /// The ranges of a collection's shards, as first routes.
 async fn firsts(cluster: &Cluster, collection: &str) -> Result<Vec<u64>> {
     let report = cluster.any().json(&Request::get("/admin/cluster/report")).await?;
@@ -95,6 +98,107 @@ fn known(ids: impl Iterator<Item = u64>) -> Vec<(u64, Value)> {
     ids.map(|id| (id, json!({"known": id}))).collect()
 }
 
+async fn fill(points: &Points<'_>, known: &[(u64, Value)]) -> Result<()> {
+    for some in known.chunks(BATCH as usize) {
+        let some: Vec<Value> = some.iter().map(|(id, payload)| point(*id, payload.clone())).collect();
+        points.upsert(&some).await?;
+    }
+    Ok(())
+}
+
+/// Writes a point again and again, at one node after the other, and shows the token of each write to every
+/// node, until it is told to stop. Returns the number of the last write.
+async fn read_own_writes(nodes: Vec<Client>, id: u64, stop: Arc<AtomicBool>) -> Result<u64> {
+    for turn in 1u64.. {
+        let writer = Points::of(&nodes[turn as usize % nodes.len()], "c");
+        let token = writer.upsert(&[point(id, json!({"turn": turn}))]).await?.position()?;
+        for (at, reader) in nodes.iter().enumerate() {
+            let found = Points::of(reader, "c").at(Freshness::Session(token.clone())).get(&[id]).await?;
+            let seen = found.get(&id).and_then(|payload| payload["turn"].as_u64());
+            ensure!(seen == Some(turn), "node {at} shows turn {seen:?} after turn {turn} and {token}");
+        }
+        if stop.load(Ordering::Acquire) {
+            return Ok(turn);
+        }
+    }
+    Ok(0)
+}
+
+/// Shows tokens to every node that nobody would be given now: each must be answered soon, with what it has
+/// seen.
+async fn show_tokens(cluster: &Cluster, tokens: &[&str], expected: &(u64, Value)) -> Result<()> {
+    let (id, payload) = expected;
+    for at in 0..cluster.len() {
+        let client = cluster.client(at).clone().with_limits(TOKEN_LIMIT, TOKEN_LIMIT);
+        for token in tokens {
+            let points = Points::of(&client, "c").at(Freshness::Session((*token).to_owned()));
+            let found = points.get(&[*id]).await.with_context(|| format!("{token} at node {at}"))?;
+            ensure!(found.get(id) == Some(payload), "node {at} shows {found:?} with {token}");
+            let hits = points.search(&shoal_tests::vector(*id), 5, None).await?;
+            let is_found = hits.iter().any(|hit| hit["id"].as_u64() == Some(*id));
+            ensure!(is_found, "node {at} finds {hits:?} with {token}");
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_shards_become_one_and_two_again_under_load() -> Result<()> {
+    let cluster = Cluster::of(3).start().await?;
+    let any = cluster.any();
+    let points = Points::of(&any, "c");
+    points.create(2, 3).await?;
+    let before = known(FIRST..FIRST + POINTS);
+    fill(&points, &before).await?;
+    cluster.settled().await?;
+    // A token of the shards that are there now, and such of shards that nobody knows.
+    let early = (FIRST + POINTS, json!({"early": true}));
+    let token = points.upsert(&[point(early.0, early.1.clone())]).await?.position()?;
+    let unknown = format!("{token}.ffffff-1");
+    let tokens = [token.as_str(), unknown.as_str(), "p1.ffffff-1"];
+    // The last one asks for nothing that a replica must have.
+    cluster.converged().await?;
+    show_tokens(&cluster, &tokens, &early).await?;
+
+    let writers = Writers::start(&cluster, "c", 4);
+    let searcher = Searcher::start(&any, "c", (FIRST..FIRST + NEEDLES).collect());
+    let stop = Arc::new(AtomicBool::new(false));
+    let own = FIRST + POINTS + 1;
+    let nodes: Vec<Client> = (0..3).map(|at| cluster.client(at).clone()).collect();
+    let session = tokio::spawn(read_own_writes(nodes, own, stop.clone()));
+    writers.progress(200).await?;
+
+    let shards = cluster.shards("c").await?;
+    say(order(&cluster, &["merge", &shards[1].to_string(), &shards[0].to_string()]).await?);
+    show_tokens(&cluster, &tokens, &early).await?;
+    let shards = changed(&cluster, &any, "c", 1).await?;
+    ensure!(firsts(&cluster, "c").await? == [0], "one shard has it all");
+    writers.progress(200).await?;
+    say(order(&cluster, &["split", &shards[0].to_string()]).await?);
+    show_tokens(&cluster, &tokens, &early).await?;
+    changed(&cluster, &any, "c", 2).await?;
+    writers.progress(200).await?;
+
+    stop.store(true, Ordering::Release);
+    let turn = session.await??;
+    let written = writers.stop().await?;
+    searcher.stop().await?;
+    written.report("merged and split");
+    cluster.converged().await?;
+    let mut expected = written.points.clone();
+    expected.extend(before);
+    expected.extend([early, (own, json!({"turn": turn}))]);
+    for at in 0..3 {
+        for freshness in [Freshness::Linearizable, Freshness::Eventual] {
+            let points = Points::of(cluster.client(at), "c").at(freshness);
+            shoal_tests::writers::verify(&expected, &points).await?;
+        }
+    }
+    let gap = written.gap_of_all;
+    ensure!(gap < GAP_LIMIT, "for {gap:?} nothing was acknowledged");
+    cluster.finish()
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn shards_are_split_and_merged_under_load() -> Result<()> {
     let mut cluster = Cluster::of(3).start().await?;
@@ -102,11 +206,7 @@ async fn shards_are_split_and_merged_under_load() -> Result<()> {
     let points = Points::of(&any, "c");
     points.create(1, 3).await?;
     let before = known(FIRST..FIRST + POINTS);
-    for some in before.chunks(BATCH as usize) {
-        points
-            .upsert(&some.iter().map(|(id, payload)| point(*id, payload.clone())).collect::<Vec<_>>())
-            .await?;
-    }
+    fill(&points, &before).await?;
     cluster.settled().await?;
     let writers = Writers::start(&cluster, "c", 4);
     let searcher = Searcher::start(&any, "c", (FIRST..FIRST + NEEDLES).collect());
