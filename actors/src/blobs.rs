@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::Stream;
+use parking_lot::Mutex;
 use shoal_proto::peer::{GetBlobRequest, Piece};
 use shoal_proto::{BlobHash, DocumentId, Error, ErrorCode, NodeId, ShardId, codec};
 use shoal_raft::Lane;
@@ -31,6 +32,8 @@ const PIECE_BYTES: usize = 1 << 20;
 #[derive(Clone)]
 pub struct BlobStore {
     dir: Arc<PathBuf>,
+    /// Shards whose replicas are being deleted here, by tasks that may outlive whoever has begun them.
+    leaving: Arc<Mutex<BTreeSet<ShardId>>>,
 }
 
 /// Bytes on their way into a blob.
@@ -50,7 +53,13 @@ impl BlobStore {
             std::fs::remove_dir_all(&spool)?;
         }
         std::fs::create_dir_all(&spool)?;
-        Ok(BlobStore { dir: Arc::new(dir.to_owned()) })
+        Ok(BlobStore { dir: Arc::new(dir.to_owned()), leaving: Arc::default() })
+    }
+
+    /// The shards whose replicas are being deleted here: nothing is taken in for them until that is over, since
+    /// all their blobs go.
+    pub(crate) fn leaving(&self) -> &Mutex<BTreeSet<ShardId>> {
+        &self.leaving
     }
 
     fn path(&self, shard: ShardId, hash: BlobHash) -> PathBuf {
@@ -188,21 +197,28 @@ impl Upload {
     }
 
     /// Makes the blob durable under its hash. Returns its size.
+    ///
+    /// # Errors
+    /// Resource busy while the shard's replica is being deleted here; and what the disk says.
     pub async fn finish(mut self, store: &BlobStore, shard: ShardId) -> io::Result<u64> {
         let target = store.path(shard, self.hash());
         let parent = target.parent().expect("a blob's path has a folder").to_owned();
         self.file.flush().await?;
         self.file.sync_all().await?;
         let path = self.path.clone();
-        let root = store.dir.clone();
+        let (root, leaving) = (store.dir.clone(), store.leaving.clone());
         tokio::task::spawn_blocking(move || {
             std::fs::create_dir_all(&parent)?;
-            std::fs::rename(path, target)?;
+            std::fs::rename(path, &target)?;
             // The file's name, and the names of the folders that may be new.
             for dir in parent.ancestors().take_while(|dir| dir.starts_with(root.as_path())) {
                 shoal_engine::files::sync_dir(dir)?;
             }
-            Ok(())
+            // Whoever is told that it is here counts on it, even if the shard comes back to this node at once.
+            match leaving.lock().contains(&shard) || !target.exists() {
+                true => Err(io::Error::new(io::ErrorKind::ResourceBusy, "the replica is being deleted here")),
+                false => Ok(()),
+            }
         })
         .await
         .map_err(io::Error::other)?
@@ -258,6 +274,7 @@ pub async fn replicate(
     // replica, the copy is deleted again below.
     upload.finish(store, shard).await.map_err(|error| match error.kind() {
         io::ErrorKind::StorageFull => Error::new(ErrorCode::DiskFull, "the disk of this node is full"),
+        io::ErrorKind::ResourceBusy => Error::unavailable(format!("shard {shard}: {error}")),
         _ => Error::internal(format!("the upload could not be stored: {error}")),
     })?;
     spread(cluster, store, shard, hash, &replicas).await?;
@@ -432,4 +449,27 @@ async fn fetch_from(
         bytes.extend_from_slice(&piece.map_err(describe)?.data);
     }
     Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What was acknowledged would go with the replica, although the shard may have come back meanwhile.
+    #[tokio::test]
+    async fn a_replica_that_is_being_deleted_takes_no_blob() {
+        let (dir, shard) = (tempfile::tempdir().expect("a directory"), ShardId(7));
+        let store = BlobStore::open(dir.path()).expect("opened");
+        let put = async || {
+            let mut upload = store.begin().await?;
+            upload.write(b"bytes").await?;
+            upload.finish(&store, shard).await
+        };
+        assert_eq!(put().await.expect("taken in"), 5);
+        store.leaving().lock().insert(shard);
+        assert_eq!(put().await.expect_err("refused").kind(), io::ErrorKind::ResourceBusy);
+        store.drop_shard(shard).expect("deleted");
+        store.leaving().lock().remove(&shard);
+        assert_eq!(put().await.expect("taken in again"), 5);
+    }
 }

@@ -225,6 +225,7 @@ fn io_status(error: std::io::Error) -> Status {
         std::io::ErrorKind::NotFound => Status::not_found("no such blob here"),
         std::io::ErrorKind::InvalidData => Status::data_loss(error.to_string()),
         std::io::ErrorKind::StorageFull => Status::resource_exhausted("the disk is full"),
+        std::io::ErrorKind::ResourceBusy => Status::unavailable(error.to_string()),
         _ => Status::internal(error.to_string()),
     }
 }

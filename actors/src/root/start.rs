@@ -183,7 +183,6 @@ pub async fn start(config: NodeConfig, peers: Peers, service: PeerService) -> Re
             cluster: cluster.clone(),
             blobs: blobs.clone(),
             dir: config.data.join("shards"),
-            leaving: Arc::default(),
         },
         mesh: MeshArguments {
             cluster: cluster.clone(),

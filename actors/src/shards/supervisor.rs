@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
 use ractor::{Actor, ActorProcessingErr, ActorRef, ActorStatus, SupervisionEvent};
 use ractor_cluster::RactorMessage;
 use shoal_proto::{CollectionConfig, NodeId, ShardId};
@@ -32,8 +31,6 @@ pub(crate) struct ShardsArguments {
     pub(crate) cluster: Cluster,
     pub(crate) blobs: BlobStore,
     pub(crate) dir: PathBuf,
-    /// Replicas that are being deleted, by tasks that may outlive a supervisor.
-    pub(crate) leaving: Arc<Mutex<BTreeSet<ShardId>>>,
 }
 
 #[derive(RactorMessage)]
@@ -281,7 +278,7 @@ impl ShardsState {
     }
 
     fn is_leaving(&self, id: ShardId) -> bool {
-        self.arguments.leaving.lock().contains(&id)
+        self.arguments.blobs.leaving().lock().contains(&id)
     }
 
     async fn close(&self, id: ShardId) {
@@ -300,12 +297,12 @@ impl ShardsState {
     /// among others, these are asked once more.
     fn discard(&mut self, id: ShardId, others: Option<BTreeSet<NodeId>>, myself: &ActorRef<ShardsMessage>) {
         // What is being opened is discarded once it is open.
-        if self.opening.contains(&id) || !self.arguments.leaving.lock().insert(id) {
+        if self.opening.contains(&id) || !self.arguments.blobs.leaving().lock().insert(id) {
             return;
         }
         let actor = self.open.remove(&id);
         let cluster = self.arguments.cluster.clone();
-        let ShardsArguments { dir, blobs, leaving, .. } = self.arguments.clone();
+        let ShardsArguments { dir, blobs, .. } = self.arguments.clone();
         let myself = myself.clone();
         tokio::spawn(async move {
             if let Some(actor) = actor {
@@ -319,7 +316,7 @@ impl ShardsState {
                 Ok(false) => tracing::info!(shard = id.0, "a replica is needed after all"),
                 Err(error) => tracing::warn!(shard = id.0, %error, "a discarded replica left files behind"),
             }
-            leaving.lock().remove(&id);
+            blobs.leaving().lock().remove(&id);
             if dropped.is_ok() {
                 // A supervisor that has ended needs no answer.
                 drop(myself.cast(ShardsMessage::Left));
