@@ -677,8 +677,17 @@ impl Cluster {
                     Consistency::Linearizable => self.read_index(&local.group, deadline).await?.max(floor),
                     Consistency::Session | Consistency::Eventual => floor,
                 };
-                let left = deadline.saturating_duration_since(Instant::now());
-                local.group.wait_applied(index, left).await?;
+                let left = || deadline.saturating_duration_since(Instant::now());
+                if level == Consistency::Session
+                    && local.group.wait_applied(index, left().min(limits::TOKEN_PATIENCE)).await.is_err()
+                    && self.read_index(&local.group, deadline).await? < index
+                {
+                    // What nobody has come to yet nobody can have seen, and it may never be.
+                    let message =
+                        format!("not a position token of this cluster: shard {group} has not come so far");
+                    return Ok(Reply::Failed(Error::invalid("X-Shoal-Position", message)));
+                }
+                local.group.wait_applied(index, left()).await?;
                 if is_passed_on() {
                     return Ok(Reply::Failed(passed_on(group)));
                 }

@@ -20,6 +20,8 @@ pub const MAX_MESH_BYTES: usize = 256 << 10;
 pub const MAX_MISSING_NAMED: usize = 1000;
 /// How long an edge waits before it looks for a leader again.
 pub const RETRY_PAUSE: Duration = Duration::from_millis(15);
+/// How long a replica waits for what a client has seen before it asks whether there is such a thing.
+pub const TOKEN_PATIENCE: Duration = Duration::from_millis(500);
 /// The least time after which a slow search is asked of a second replica as well.
 pub const HEDGE_FLOOR: Duration = Duration::from_millis(30);
 /// Bytes of log after which a shard makes a checkpoint, whatever the number of entries.

@@ -159,6 +159,13 @@ async fn two_shards_become_one_and_two_again_under_load() -> Result<()> {
     // The last one asks for nothing that a replica must have.
     cluster.converged().await?;
     show_tokens(&cluster, &tokens, &early).await?;
+    // What a shard has never come to was seen in another cluster.
+    let shard = cluster.shards("c").await?[0];
+    let foreign = Freshness::Session(format!("p1.{shard:x}-ffffffff"));
+    let count = Request::ask("/collections/c/points/count", &json!({"exact": true}));
+    let refused = any.clone().with_limits(TOKEN_LIMIT, TOKEN_LIMIT).send(&foreign.of(count)).await?;
+    ensure!(refused.status == 400, "{}", refused.status);
+    ensure!(refused.text().contains("not a position token"), "{}", refused.text());
 
     let writers = Writers::start(&cluster, "c", 4);
     let searcher = Searcher::start(&any, "c", (FIRST..FIRST + NEEDLES).collect());
