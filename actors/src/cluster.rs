@@ -614,7 +614,9 @@ impl Cluster {
 
     async fn try_serve(&self, call: Call) -> Result<Reply, RaftError> {
         match call {
-            Call::Propose { grows: true, .. } | Call::ProposeFrozen { grows: true, .. } if !self.is_writable() => {
+            Call::Propose { grows: true, .. } | Call::ProposeFrozen { grows: true, .. }
+                if !self.is_writable() =>
+            {
                 Ok(Reply::Failed(disk_full()))
             }
             Call::Propose { group, .. } if self.leads_frozen(group) => Ok(Reply::Failed(passed_on(group))),

@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 use futures::{StreamExt, TryStreamExt};
 use shoal_engine::backup::Archive;
 use shoal_engine::check_point;
-use shoal_engine::command::{Answer, Command, Document, Envelope, Point, Read, Replay, Seed, StagedChunk};
+use shoal_engine::command::{
+    Answer, Command, Document, Envelope, Point, Read, Replay, Seed, SeedPartial, StagedChunk,
+};
 use shoal_engine::reshard::Refusals;
 use shoal_proto::{CollectionConfig, Error, ErrorCode, NodeId, RequestId, Route, ShardId, codec};
 use shoal_raft::cluster::{self, ClusterState, Reshard};
@@ -172,8 +174,7 @@ impl<'a> Copying<'a> {
         let empty = Seed {
             by: self.by,
             from: parent,
-            range: (Route(0), Route(0)),
-            parents: self.parents.iter().map(|(parent, (first, last))| (*parent, *first, *last)).collect(),
+            parents: Vec::new(),
             version: base + index,
             points: Vec::new(),
             documents: Vec::new(),
@@ -190,13 +191,13 @@ impl<'a> Copying<'a> {
 
     /// What is to go to a new shard, without any records yet.
     fn seed_for(&self, child: ShardId, empty: &Seed) -> Seed {
-        Seed { range: self.range_of(child), ..empty.clone() }
+        Seed { parents: self.parts_of(child), ..empty.clone() }
     }
 
     /// The payload indexes, once, and the answers to requests, which concern every new shard.
     async fn seed_answers(&self, copy: &Arc<ScratchCopy>, empty: &Seed) -> Result<(), Error> {
         let (source, wanted) = (copy.clone(), self.config.payload_indexes.clone());
-        let (indexes, answers) =
+        let (indexes, (answers, partial)) =
             blocking(move || Ok((source.archive.indexes()?.unwrap_or(wanted), source.archive.answers()?)))
                 .await?;
         let is_first = self.parents.first().is_some_and(|(first, _)| *first == empty.from);
@@ -207,6 +208,10 @@ impl<'a> Copying<'a> {
             for answers in answers.chunks(ANSWERS_AT_ONCE) {
                 let answers = answers.to_vec();
                 self.write_seed(*child, Seed { answers, ..self.seed_for(*child, empty) }).await?;
+            }
+            for answers in partial.chunks(ANSWERS_AT_ONCE) {
+                let seed = SeedPartial { by: self.by, from: empty.from, answers: answers.to_vec() };
+                self.write(*child, &Command::SeedPartial(Box::new(seed))).await?;
             }
         }
         Ok(())
@@ -336,6 +341,14 @@ impl<'a> Copying<'a> {
             }
         }
         Ok(())
+    }
+
+    /// The old shards, with the first and the last route of what comes from each to a new one.
+    fn parts_of(&self, child: ShardId) -> Vec<(ShardId, Route, Route)> {
+        let (first, last) = self.range_of(child);
+        let parts =
+            self.parents.iter().map(|(parent, (from, to))| (*parent, first.max(*from), last.min(*to)));
+        parts.filter(|(_, from, to)| from <= to).collect()
     }
 
     fn range_of(&self, child: ShardId) -> (Route, Route) {

@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use ractor_cluster::RactorMessage;
 use shoal_engine::command::{Answer, Command, Read};
-use shoal_proto::{GroupId, ShardId};
+use shoal_proto::{GroupId, Level, ShardId};
 use shoal_raft::cluster::ClusterState;
 use tokio::task::JoinHandle;
 
@@ -134,7 +134,10 @@ impl ReshardsState {
         }
         let (cluster, myself, now) = (cluster.clone(), myself.clone(), Instant::now());
         let state = cluster.state();
-        if let Some((name, reshard)) = state.resharding.iter().next() {
+        let under_way = state.resharding.iter().next();
+        if let Some((name, _)) = under_way.filter(|_| state.level < Level::PARTIAL_ANSWERS) {
+            self.running = Some(Running(tokio::spawn(give_up(cluster, name.clone()))));
+        } else if let Some((name, reshard)) = under_way {
             let (name, parents) = (name.clone(), reshard.parents.clone());
             let driver = Driver { cluster, scratch: self.arguments.scratch.clone(), name };
             self.running = Some(Running(tokio::spawn(async move {
@@ -150,6 +153,20 @@ impl ReshardsState {
             let shards = shards.filter(|shard| !self.backoff.rests(*shard, now)).collect();
             let split = split_a_large_one(cluster, shards, self.arguments.limits.split_bytes, myself);
             self.running = Some(Running(tokio::spawn(split)));
+        }
+    }
+}
+
+/// Gives up what a node of an earlier build has begun: its shards may be frozen, and until all nodes are upgraded
+/// the replicas of the new ones would not come to the same state everywhere.
+async fn give_up(cluster: Cluster, name: String) {
+    match cluster.abort_reshard(&name, Instant::now() + STEP_TIMEOUT).await {
+        Ok(()) => tracing::warn!(
+            collection = name,
+            "the change of its shards was given up: it can be ordered again when all nodes are upgraded"
+        ),
+        Err(error) => {
+            tracing::warn!(collection = name, %error, "the change of its shards goes on being given up")
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use shoal_proto::{Error, ErrorCode, RequestId, Route, ShardId};
+use shoal_proto::{Error, ErrorCode, Level, RequestId, Route, ShardId};
 use shoal_raft::cluster::{self, ClusterState, MAX_SHARDS};
 
 use crate::FILES_COLLECTION;
@@ -13,7 +13,7 @@ impl Cluster {
     ///
     /// # Errors
     /// Not found; invalid argument for a number below 2; conflict when the collection's shards are being
-    /// changed already, or would be too many.
+    /// changed already, or would be too many, or not all nodes are upgraded.
     pub async fn split(&self, shard: ShardId, into: u32, deadline: Instant) -> Result<(), Error> {
         let state = self.fresh_state(deadline).await?;
         let known = in_use(&state, shard)?;
@@ -29,7 +29,8 @@ impl Cluster {
     /// Orders that two neighbouring shards become one.
     ///
     /// # Errors
-    /// Not found; conflict when they are no neighbours, or the collection's shards are being changed already.
+    /// Not found; conflict when they are no neighbours, the collection's shards are being changed already, or not
+    /// all nodes are upgraded.
     pub async fn merge(&self, one: ShardId, other: ShardId, deadline: Instant) -> Result<(), Error> {
         let state = self.fresh_state(deadline).await?;
         let (one_known, other_known) = (in_use(&state, one)?, in_use(&state, other)?);
@@ -47,6 +48,7 @@ impl Cluster {
         firsts: Vec<Route>,
         deadline: Instant,
     ) -> Result<(), Error> {
+        self.require(Level::PARTIAL_ANSWERS).await?;
         if name == FILES_COLLECTION {
             let message = "the collection of files keeps the shards that it was made with: \
                            the bytes of files lie by them";
