@@ -314,7 +314,7 @@ pub async fn rejoin(
 /// Moves what a node has stored into the folder `damaged`. The identity goes first and durably:
 /// after a crash half-way the node has none, and can not go on as the old one without its log.
 fn set_aside(dir: &Path) -> io::Result<()> {
-    const PARTS: [&str; 5] = ["log", "control", "shards", "blobs", "incoming"];
+    const PARTS: [&str; 6] = ["log", "control", "shards", "blobs", "incoming", "outgoing"];
     let aside = dir.join("damaged");
     let identity = dir.join("node.json");
     // Without an identity, what is there was begun by an attempt that did not end.

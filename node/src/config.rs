@@ -16,6 +16,8 @@ use shoal_raft::{LogConfig, RaftConfig};
 /// A shorter secret is refused where strangers can reach the node: who can connect can try guesses
 /// against its certificate.
 const MIN_SECRET_CHARS: usize = 16;
+/// A slower pace would take most of a minute for one piece of a snapshot.
+const MIN_MOVE_BYTES_PER_SECOND: u64 = 64 << 10;
 
 /// Flags of `shoal serve`; each can also come from the environment.
 #[derive(Args, Clone, Debug, Default)]
@@ -101,6 +103,9 @@ pub struct ServeArgs {
     /// Bytes of a shard's store above which it is split in two; never when zero.
     #[arg(long, env = "SHOAL_SPLIT_BYTES")]
     pub split_bytes: Option<u64>,
+    /// Bytes a second that this node sends to others for moves; no limit when zero.
+    #[arg(long, env = "SHOAL_MOVE_BYTES_PER_SECOND")]
+    pub move_bytes_per_second: Option<u64>,
     /// Where backups are kept: a directory that every node sees, or s3://bucket/prefix.
     #[arg(long, env = "SHOAL_BACKUP_TARGET")]
     pub backup_target: Option<String>,
@@ -218,6 +223,9 @@ pub struct PlacementSettings {
     pub drain_seconds: u64,
     /// Bytes of a shard's store above which it is split in two; never when zero.
     pub split_bytes: u64,
+    /// Bytes a second that this node sends to others for moves: snapshots of shards and copies of files, of all
+    /// shards together; from 65536, or no limit when zero.
+    pub move_bytes_per_second: u64,
 }
 
 /// Where backups go.
@@ -337,6 +345,7 @@ impl Default for PlacementSettings {
             drain_on_stop: false,
             drain_seconds: 300,
             split_bytes: limits.split_bytes,
+            move_bytes_per_second: RaftConfig::default().move_bytes_per_second,
         }
     }
 }
@@ -368,17 +377,6 @@ impl Default for Limits {
 }
 
 impl RaftSettings {
-    /// Timers and sizes as the raft crate wants them.
-    pub fn raft(&self) -> RaftConfig {
-        let ms = Duration::from_millis;
-        RaftConfig {
-            heartbeat: ms(self.heartbeat_ms),
-            election_timeout: (ms(self.election_min_ms), ms(self.election_max_ms)),
-            checkpoint_entries: self.checkpoint_entries,
-            keep_entries: self.keep_entries,
-        }
-    }
-
     /// Sizes of the log.
     pub fn log(&self) -> LogConfig {
         LogConfig { file_bytes: self.log_file_bytes, purge_threshold_bytes: self.log_purge_bytes }
@@ -386,6 +384,18 @@ impl RaftSettings {
 }
 
 impl Config {
+    /// Timers, sizes and pace as the raft crate wants them.
+    pub fn raft(&self) -> RaftConfig {
+        let ms = Duration::from_millis;
+        RaftConfig {
+            heartbeat: ms(self.raft.heartbeat_ms),
+            election_timeout: (ms(self.raft.election_min_ms), ms(self.raft.election_max_ms)),
+            checkpoint_entries: self.raft.checkpoint_entries,
+            keep_entries: self.raft.keep_entries,
+            move_bytes_per_second: self.placement.move_bytes_per_second,
+        }
+    }
+
     /// The effective settings: file < environment < flags, all checked.
     ///
     /// # Errors
@@ -438,6 +448,7 @@ impl Config {
         set(&mut self.limits.working_requests, &args.working_requests);
         set(&mut self.placement.repair_after_seconds, &args.repair_after);
         set(&mut self.placement.split_bytes, &args.split_bytes);
+        set(&mut self.placement.move_bytes_per_second, &args.move_bytes_per_second);
         set(&mut self.backup.target, &args.backup_target);
         set(&mut self.backup.keep, &args.backup_keep);
         self.placement.drain_on_stop |= args.drain_on_stop;
@@ -474,6 +485,11 @@ impl Config {
             self.placement.repair_after_seconds >= 5,
             "placement.repair_after_seconds: {} is less than 5",
             self.placement.repair_after_seconds
+        );
+        let pace = self.placement.move_bytes_per_second;
+        ensure!(
+            pace == 0 || pace >= MIN_MOVE_BYTES_PER_SECOND,
+            "placement.move_bytes_per_second: {pace} is neither 0 nor at least {MIN_MOVE_BYTES_PER_SECOND}"
         );
         let target = &self.backup.target;
         ensure!(
@@ -558,6 +574,15 @@ mod tests {
         let reference = Config::read(&path).expect("deploy/shoal.toml loads");
         let text = |config: &Config| toml::to_string(config).expect("serialises");
         assert_eq!(text(&reference), text(&Config::default()), "every setting stands there with its default");
+    }
+
+    #[test]
+    fn the_pace_of_moves_has_a_floor() {
+        let load =
+            |pace| Config::load(&ServeArgs { move_bytes_per_second: Some(pace), ..ServeArgs::default() });
+        assert!(load(1000).is_err());
+        assert_eq!(load(0).expect("no limit").raft().move_bytes_per_second, 0);
+        assert_eq!(load(1 << 20).expect("slow").raft().move_bytes_per_second, 1 << 20);
     }
 
     #[test]

@@ -48,6 +48,16 @@ fn describe() {
     describe_histogram!("shoal_raft_log_batch_operations", "Operations in one durable log write");
     describe_gauge!("shoal_raft_log_bytes", Unit::Bytes, "Bytes that the log uses");
     describe_counter!("shoal_raft_snapshots_installed_total", "Snapshots taken in from a leader");
+    describe_counter!(
+        "shoal_raft_snapshot_bytes_sent_total",
+        Unit::Bytes,
+        "Bytes of snapshots sent to members"
+    );
+    describe_counter!(
+        "shoal_raft_snapshot_resumed_bytes_total",
+        Unit::Bytes,
+        "Bytes of snapshots that were not sent again after a break"
+    );
     describe_gauge!("shoal_disk_free_bytes", Unit::Bytes, "Free bytes for the data directory");
     describe_gauge!("shoal_disk_writable", "1 while the disk's reserve is kept, 0 below it");
     describe_counter!("shoal_actor_restarts_total", "Parts of the node that failed and were started again");
@@ -96,6 +106,8 @@ fn describe() {
     for counter in [
         "shoal_actor_restarts_total",
         "shoal_raft_snapshots_installed_total",
+        "shoal_raft_snapshot_bytes_sent_total",
+        "shoal_raft_snapshot_resumed_bytes_total",
         "shoal_embedded_texts_total",
         "shoal_parse_failures_total",
         "shoal_hedged_reads_total",

@@ -167,7 +167,7 @@ fn node_config(config: &Config, embedders: Embedders, tls: PeerTls) -> NodeConfi
             join: config.join.clone(),
             expect: config.expect,
         },
-        raft: config.raft.raft(),
+        raft: config.raft(),
         log: config.raft.log(),
         secret: config.secret(),
         tls,

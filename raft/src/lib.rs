@@ -14,6 +14,7 @@
 //! | [`machine`] | the trait that a group's state implements |
 //! | [`network`] | one channel per peer for all groups |
 //! | [`groups`] | opening, finding, serving and closing groups |
+//! | `snapshot` | snapshots on their way: what has come once is not sent again, and at a limited pace |
 //! | [`idle`] | groups that nobody uses keep still |
 //! | [`cluster`] | the control group's state: a plain value with a pure `apply` |
 //!
@@ -36,6 +37,7 @@ pub mod network;
 mod runtime;
 #[cfg(test)]
 mod simulation;
+mod snapshot;
 mod staleness;
 mod types;
 
@@ -44,3 +46,4 @@ pub use groups::{Group, GroupStatus, Groups, RaftConfig};
 pub use log::{LogConfig, LogStore};
 pub use machine::{Committed, Export, ReceivedFile, StateMachine};
 pub use network::{Client, Lane, Peers};
+pub use snapshot::Throttle;

@@ -4,20 +4,22 @@
 //! command it applied: opaque bytes that hold openraft's log id and membership. It may hold its
 //! data in volatile form between checkpoints; the log is purged only below a checkpoint.
 
-use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 use futures::TryStreamExt;
 use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
 use openraft::{EntryPayload, OptionalSend};
 use serde::{Deserialize, Serialize};
-use shoal_proto::codec;
+use shoal_proto::{GroupId, codec};
 
+use crate::log::GroupLog;
 use crate::runtime::blocking;
+use crate::snapshot::Snapshots;
+use crate::snapshot::frames::FrameFile;
+use crate::snapshot::spool::{HELD_LOG_BYTES, Spool};
 use crate::types::{LogIdOf, Reply, SnapshotMetaOf, SnapshotOf, StoredMembershipOf, TypeConfig};
 
 /// The most entries that are applied in one step of the blocking pool.
@@ -94,10 +96,12 @@ pub fn index_of(tag: &[u8]) -> io::Result<u64> {
     Ok(Tag::read(Some(tag.to_vec()))?.log_id.map_or(0, |id| id.index))
 }
 
-/// A snapshot's data: on the leader an export, on a follower the file that was received.
-pub enum SnapshotData {
+/// A snapshot's data: on the leader an export or what became of it, on a follower the file that was received.
+pub(crate) enum SnapshotData {
     /// A copy that is yet to be read.
     Export(Arc<dyn Export>),
+    /// A copy that was read into a file, and may have been sent in part.
+    Spool(Arc<Spool>),
     /// A received file; deleted when dropped.
     File(ReceivedFile),
 }
@@ -113,52 +117,26 @@ impl Drop for ReceivedFile {
     }
 }
 
-/// A snapshot on its way into a file: frames of length, CRC-32 and piece; a frame of length
-/// zero ends it.
-pub(crate) struct FrameFile {
-    file: File,
-    received: ReceivedFile,
-}
-
-impl FrameFile {
-    /// Creates a file that no other snapshot uses.
-    pub(crate) fn create(dir: &Path) -> io::Result<FrameFile> {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
-        let path = dir.join(format!("{:016x}", NEXT.fetch_add(1, Ordering::Relaxed)));
-        Ok(FrameFile { file: File::create_new(&path)?, received: ReceivedFile(path) })
-    }
-
-    /// Adds a piece.
-    pub(crate) fn write(&mut self, piece: &[u8]) -> io::Result<()> {
-        self.file.write_all(&(piece.len() as u32).to_le_bytes())?;
-        self.file.write_all(&crc32fast::hash(piece).to_le_bytes())?;
-        self.file.write_all(piece)
-    }
-
-    /// Ends and syncs the file.
-    pub(crate) fn finish(mut self) -> io::Result<ReceivedFile> {
-        self.write(&[])?;
-        self.file.sync_all()?;
-        Ok(self.received)
-    }
-}
-
 /// The adapter: openraft's state machine over a [`StateMachine`].
 #[derive(Clone)]
 pub(crate) struct Machine {
+    group: GroupId,
     inner: Arc<dyn StateMachine>,
-    incoming: PathBuf,
+    log: GroupLog,
+    snapshots: Snapshots,
     membership: StoredMembershipOf<TypeConfig>,
 }
 
 impl Machine {
-    /// The machine of a state whose last membership is `membership`.
+    /// The machine of a group's state, whose last membership is `membership`.
     pub(crate) fn new(
+        group: GroupId,
         inner: Arc<dyn StateMachine>,
-        incoming: &Path,
+        log: GroupLog,
+        snapshots: Snapshots,
         membership: StoredMembershipOf<TypeConfig>,
     ) -> Machine {
-        Machine { inner, incoming: incoming.to_owned(), membership }
+        Machine { group, inner, log, snapshots, membership }
     }
 
     async fn blocking<T: Send + 'static>(
@@ -228,6 +206,13 @@ impl RaftStateMachine<TypeConfig> for Machine {
         Ok(())
     }
 
+    /// None while a member gets a snapshot: after a checkpoint the log would be dropped that the member needs to
+    /// go on from there.
+    async fn try_create_snapshot_builder(&mut self, force: bool) -> Option<Self::SnapshotBuilder> {
+        let is_held = self.snapshots.spools().is_held(self.group) && self.log.live_bytes() < HELD_LOG_BYTES;
+        (force || !is_held).then(|| self.clone())
+    }
+
     async fn get_snapshot_builder(&mut self) -> Self::SnapshotBuilder {
         self.clone()
     }
@@ -239,16 +224,21 @@ impl RaftStateMachine<TypeConfig> for Machine {
     ) -> Result<(), io::Error> {
         let tag = Tag { log_id: meta.last_log_id, membership: meta.last_membership.clone() };
         self.membership = tag.membership.clone();
-        let incoming = self.incoming.clone();
+        // It was made of a state that is no more.
+        self.snapshots.spools().retire(self.group);
+        let snapshots = self.snapshots.clone();
         self.blocking(move |inner| {
             let file = match snapshot {
                 SnapshotData::File(file) => file,
                 SnapshotData::Export(export) => {
-                    let mut frames = FrameFile::create(&incoming)?;
+                    let mut frames = FrameFile::create(snapshots.incoming())?;
                     while let Some(piece) = export.next_piece()? {
                         frames.write(&piece)?;
                     }
                     frames.finish()?
+                }
+                SnapshotData::Spool(_) => {
+                    return Err(io::Error::other("what is sent to others is not installed here"));
                 }
             };
             inner.install(codec::encode(&tag), &file.0)
@@ -259,6 +249,13 @@ impl RaftStateMachine<TypeConfig> for Machine {
     async fn get_current_snapshot(
         &mut self,
     ) -> Result<Option<SnapshotOf<TypeConfig, SnapshotData>>, io::Error> {
+        if let Some(spool) = self.snapshots.spools().of(self.group) {
+            let meta = spool.meta.clone();
+            return Ok(Some(SnapshotOf::<TypeConfig, SnapshotData> {
+                meta,
+                snapshot: SnapshotData::Spool(spool),
+            }));
+        }
         let (tag, export) = self.blocking(|inner| inner.export()).await?;
         if tag.is_none() {
             return Ok(None);
@@ -285,6 +282,8 @@ impl RaftSnapshotBuilder<TypeConfig> for Machine {
         }
         let tag = self.blocking(|inner| inner.checkpoint()).await?;
         let meta = Tag::read(tag)?.meta();
+        // Before anything is purged: from now on a snapshot of before may end where no log begins.
+        self.snapshots.spools().retire_before(self.group, meta.last_log_id.map_or(0, |id| id.index));
         Ok(SnapshotOf::<TypeConfig, SnapshotData> { meta, snapshot: SnapshotData::Export(Arc::new(Nothing)) })
     }
 }

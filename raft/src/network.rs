@@ -6,8 +6,6 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
-use futures::StreamExt;
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 use openraft::errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable};
@@ -27,16 +25,16 @@ use tonic::Status;
 use tonic::transport::{Channel, ClientTlsConfig, Endpoint};
 
 use crate::idle::{Beats, Sleep};
-use crate::machine::{Export, SnapshotData};
-use crate::runtime::blocking;
+use crate::machine::SnapshotData;
+use crate::snapshot::Snapshots;
 use crate::types::{SnapshotOf, TypeConfig, VoteOf};
 
 /// The largest gRPC message between peers, in bytes.
 pub const MAX_PEER_MESSAGE_BYTES: usize = 72 << 20;
 /// How long a message that carries entries may take; a heartbeat has openraft's own limit.
 const APPEND_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long one piece of a snapshot may take to be taken in.
-const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(600);
+/// How long a node that is to get a snapshot may take to say that it lives.
+const BEAT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A gRPC client to a peer.
 pub type Client = PeerClient<Channel>;
@@ -234,30 +232,39 @@ impl Wire for Channels {
     }
 }
 
-/// Makes one [`Link`] per group and target.
+/// Makes one [`Member`] per group and target.
 #[derive(Clone)]
 pub(crate) struct Network {
     pub(crate) group: GroupId,
     pub(crate) peers: Peers,
+    pub(crate) snapshots: Snapshots,
 }
 
 impl RaftNetworkFactory<TypeConfig> for Network {
-    type Network = Link;
+    type Network = Member;
 
-    async fn new_client(&mut self, target: NodeId, _: &EmptyNode) -> Link {
-        Link { group: self.group, target, peers: self.peers.clone() }
+    async fn new_client(&mut self, target: NodeId, _: &EmptyNode) -> Member {
+        let link = Link { group: self.group, target, peers: self.peers.clone() };
+        Member { link, snapshots: self.snapshots.clone() }
     }
+}
+
+/// One member of one group, as openraft reaches it.
+pub(crate) struct Member {
+    link: Link,
+    snapshots: Snapshots,
 }
 
 /// The way from this node to one member of one group.
 pub(crate) struct Link {
-    group: GroupId,
-    target: NodeId,
+    pub(crate) group: GroupId,
+    pub(crate) target: NodeId,
     peers: Peers,
 }
 
 impl Link {
-    async fn call<Q: Serialize, A: DeserializeOwned>(
+    /// Asks the member something.
+    pub(crate) async fn call<Q: Serialize, A: DeserializeOwned>(
         &self,
         kind: RaftKind,
         request: &Q,
@@ -280,9 +287,37 @@ impl Link {
         };
         codec::decode(&reply.body).map_err(|error| RPCError::Network(NetworkError::new(&error)))
     }
+
+    /// Whether the member's node lives.
+    pub(crate) async fn beat(&self) -> Result<(), StreamingError<TypeConfig>> {
+        let unreachable = |reason: &str| StreamingError::Unreachable(Unreachable::from_string(reason));
+        match tokio::time::timeout(BEAT_TIMEOUT, self.peers.wire().beat(self.target)).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(status)) => Err(unreachable(status.message())),
+            Err(_) => Err(unreachable("no answer in time")),
+        }
+    }
+
+    /// Sends a snapshot and waits until it is installed.
+    pub(crate) async fn snapshot(
+        &self,
+        pieces: BoxStream<'static, Piece>,
+        timeout: Duration,
+    ) -> Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>> {
+        let broken = |reason: &str| StreamingError::Network(NetworkError::from_string(reason));
+        let sent = tokio::time::timeout(timeout, self.peers.wire().snapshot(self.target, pieces)).await;
+        let reply = match sent.map_err(|_| broken("the snapshot took too long"))? {
+            Ok(reply) => reply,
+            Err(status) if status.code() == tonic::Code::Unavailable => {
+                return Err(StreamingError::Unreachable(Unreachable::from_string(status.message())));
+            }
+            Err(status) => return Err(broken(status.message())),
+        };
+        codec::decode(&reply.body).map_err(|error| StreamingError::Network(NetworkError::new(&error)))
+    }
 }
 
-impl RaftNetworkV2<TypeConfig> for Link {
+impl RaftNetworkV2<TypeConfig> for Member {
     type SnapshotData = SnapshotData;
 
     async fn append_entries(
@@ -295,7 +330,7 @@ impl RaftNetworkV2<TypeConfig> for Link {
         } else {
             APPEND_TIMEOUT
         };
-        self.call(RaftKind::Append, &request, timeout).await
+        self.link.call(RaftKind::Append, &request, timeout).await
     }
 
     async fn vote(
@@ -303,7 +338,7 @@ impl RaftNetworkV2<TypeConfig> for Link {
         request: VoteRequest<TypeConfig>,
         option: RPCOption,
     ) -> Result<VoteResponse<TypeConfig>, RPCError<TypeConfig>> {
-        self.call(RaftKind::Vote, &request, option.hard_ttl()).await
+        self.link.call(RaftKind::Vote, &request, option.hard_ttl()).await
     }
 
     async fn pre_vote(
@@ -311,7 +346,7 @@ impl RaftNetworkV2<TypeConfig> for Link {
         request: VoteRequest<TypeConfig>,
         option: RPCOption,
     ) -> Result<VoteResponse<TypeConfig>, RPCError<TypeConfig>> {
-        self.call(RaftKind::PreVote, &request, option.hard_ttl()).await
+        self.link.call(RaftKind::PreVote, &request, option.hard_ttl()).await
     }
 
     async fn transfer_leader(
@@ -319,7 +354,7 @@ impl RaftNetworkV2<TypeConfig> for Link {
         request: TransferLeaderRequest<TypeConfig>,
         option: RPCOption,
     ) -> Result<TransferLeaderResponse<TypeConfig>, RPCError<TypeConfig>> {
-        self.call(RaftKind::TransferLeader, &request, option.hard_ttl()).await
+        self.link.call(RaftKind::TransferLeader, &request, option.hard_ttl()).await
     }
 
     async fn full_snapshot(
@@ -329,54 +364,11 @@ impl RaftNetworkV2<TypeConfig> for Link {
         cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
         _option: RPCOption,
     ) -> Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>> {
-        let unreachable = |reason: String| StreamingError::Unreachable(Unreachable::from_string(reason));
-        let SnapshotData::Export(export) = snapshot.snapshot else {
-            return Err(unreachable("a received file is not sent on".to_owned()));
-        };
-        let header = codec::encode(&(self.group, self.target, vote, snapshot.meta));
-        let pieces = pieces(header.into(), export).boxed();
-        let send = async {
-            let reply =
-                self.peers.wire().snapshot(self.target, pieces).await.map_err(|status| {
-                    match status.code() {
-                        tonic::Code::Unavailable => unreachable(status.message().to_owned()),
-                        _ => StreamingError::Network(NetworkError::from_string(status.message())),
-                    }
-                })?;
-            codec::decode(&reply.body).map_err(|error| StreamingError::Network(NetworkError::new(&error)))
-        };
+        let send = self.snapshots.send(&self.link, vote, snapshot);
         tokio::select! {
             biased;
             closed = cancel => Err(StreamingError::Closed(closed)),
-            sent = tokio::time::timeout(SNAPSHOT_TIMEOUT, send) => {
-                sent.unwrap_or_else(|_| Err(StreamingError::Network(NetworkError::from_string("the snapshot took too long"))))
-            }
+            sent = send => sent,
         }
     }
-}
-
-/// Streams an export: each piece with its checksum in front, and an empty piece at the end, so
-/// that a broken stream is not taken for a whole one.
-pub(crate) fn pieces(
-    header: Bytes,
-    export: Arc<dyn Export>,
-) -> impl futures::Stream<Item = Piece> + Send + 'static {
-    futures::stream::unfold(Some(header), move |header| {
-        let export = export.clone();
-        async move {
-            let header = header?;
-            let data = match blocking(move || export.next_piece()).await {
-                Ok(data) => data,
-                Err(error) => {
-                    tracing::warn!(%error, "a snapshot could not be read; it will be tried again");
-                    return None;
-                }
-            };
-            let next = data.is_some().then(Bytes::new);
-            let body = data.unwrap_or_default();
-            let mut framed = crc32fast::hash(&body).to_le_bytes().to_vec();
-            framed.extend_from_slice(&body);
-            Some((Piece { header, data: framed.into() }, next))
-        }
-    })
 }

@@ -134,8 +134,7 @@ pub async fn start(config: NodeConfig, peers: Peers, service: PeerService) -> Re
     let node = file.node;
     tracing::info!(node = node.0, cluster = file.cluster_id, "this node belongs to a cluster");
 
-    let incoming = config.data.join("incoming");
-    let groups = Groups::new(node, log, peers.clone(), &config.raft, incoming)
+    let groups = Groups::new(node, log, peers.clone(), &config.raft, &config.data)
         .map_err(|error| on_disk(&config.data, &error))?;
     let control = Arc::new(control);
     let watch = control.watch();
@@ -373,6 +372,7 @@ fn watch_disk(cluster: Cluster, dir: PathBuf, reserve: u64) {
                     if writable != cluster.is_writable() {
                         tracing::warn!(free, reserve, writable, "the disk's reserve was crossed");
                         cluster.set_writable(writable);
+                        cluster.groups().set_room(writable);
                     }
                 }
                 Err(error) => tracing::warn!(%error, "free disk space cannot be read"),

@@ -20,6 +20,7 @@ use tokio::sync::{OwnedMappedMutexGuard, OwnedMutexGuard};
 
 use super::*;
 use crate::machine::{Committed, Export, Exported, Machine, StateMachine};
+use crate::snapshot::Snapshots;
 use crate::types::{EntryOf, LogIdOf, Payload, TypeConfig, VoteOf};
 
 /// The smallest state machine: it remembers its tag and every command.
@@ -160,7 +161,8 @@ impl StoreBuilder<TypeConfig, GroupLog, Machine, TempDir> for Builder {
     async fn build(&self) -> Result<(TempDir, GroupLog, Machine), StorageError<TypeConfig>> {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let log = open(dir.path()).await;
-        Ok((dir, log, machine(dir.path())))
+        let machine = machine(dir.path(), &log);
+        Ok((dir, log, machine))
     }
 }
 
@@ -168,15 +170,19 @@ struct RestartingBuilder;
 
 impl StoreBuilder<TypeConfig, Reopened, Machine, TempDir> for RestartingBuilder {
     async fn build(&self) -> Result<(TempDir, Reopened, Machine), StorageError<TypeConfig>> {
-        let (dir, log, machine) = Builder.build().await?;
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let log = open(dir.path()).await;
+        // A machine keeps its log open.
+        let machine = machine(dir.path(), &open(&dir.path().join("other")).await);
         let log = Arc::new(tokio::sync::Mutex::new(Some(log)));
         let log = Reopened { dir: dir.path().to_owned(), log };
         Ok((dir, log, machine))
     }
 }
 
-fn machine(dir: &Path) -> Machine {
-    Machine::new(Arc::new(Recorder::default()), dir, Default::default())
+fn machine(dir: &Path, log: &GroupLog) -> Machine {
+    let snapshots = Snapshots::open(dir, 0).expect("the folders are made");
+    Machine::new(GroupId(7), Arc::new(Recorder::default()), log.clone(), snapshots, Default::default())
 }
 
 async fn open(dir: &Path) -> GroupLog {

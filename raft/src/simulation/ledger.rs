@@ -2,6 +2,7 @@
 //! group's own state. Between checkpoints it is in memory only.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -16,6 +17,7 @@ use super::net::Life;
 use super::truth::Truth;
 use crate::cluster::{ClusterState, Command};
 use crate::machine::{Committed, Export, Exported, StateMachine};
+use crate::snapshot::frames::Frame;
 
 /// A write to a register.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
@@ -93,11 +95,22 @@ impl Ledger {
     }
 }
 
-struct Once(Mutex<Option<Vec<u8>>>);
+/// Bytes in one piece of a snapshot: few, so that there are many.
+const PIECE_BYTES: usize = 200;
 
-impl Export for Once {
+/// A copy, and how much of it was read.
+struct Copied {
+    bytes: Vec<u8>,
+    read: Mutex<usize>,
+}
+
+impl Export for Copied {
     fn next_piece(&self) -> io::Result<Option<Vec<u8>>> {
-        Ok(self.0.lock().take())
+        let mut read = self.read.lock();
+        let rest = &self.bytes[*read..];
+        let piece = &rest[..rest.len().min(PIECE_BYTES)];
+        *read += piece.len();
+        Ok((!piece.is_empty()).then(|| piece.to_vec()))
     }
 }
 
@@ -143,16 +156,17 @@ impl StateMachine for Ledger {
 
     fn export(&self) -> io::Result<Exported> {
         let held = self.held.lock();
-        Ok((held.tag.clone(), Box::new(Once(Mutex::new(Some(codec::encode(&*held)))))))
+        Ok((held.tag.clone(), Box::new(Copied { bytes: codec::encode(&*held), read: Mutex::new(0) })))
     }
 
     fn install(&self, tag: Vec<u8>, file: &Path) -> io::Result<()> {
         self.alive()?;
         self.truth.count("snapshots");
-        let bytes = std::fs::read(file)?;
-        // One frame: length, checksum, piece; then the frame that ends the file.
-        let body = bytes.get(8..bytes.len().saturating_sub(8)).unwrap_or_default();
-        let mut fresh: Held = codec::decode(body).map_err(io::Error::other)?;
+        let (mut file, mut body) = (File::open(file)?, Vec::new());
+        while let Frame::Piece(piece) = Frame::read(&mut file)? {
+            body.extend(piece);
+        }
+        let mut fresh: Held = codec::decode(&body).map_err(io::Error::other)?;
         fresh.tag = Some(tag);
         self.disk.keep_state(self.group.0, codec::encode(&fresh));
         *self.held.lock() = fresh;

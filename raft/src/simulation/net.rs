@@ -1,5 +1,5 @@
-//! A network that delays, drops, repeats and cuts. What arrives is what was sent, whole: cables that
-//! corrupt, and streams that end in the middle, are for `chaos`.
+//! A network that delays, drops, repeats and cuts. What arrives is what was sent: cables that corrupt are for
+//! `chaos`. Streams end in the middle now and then.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
@@ -28,6 +28,10 @@ use crate::groups::Groups;
 use crate::network::Wire;
 use crate::types::TypeConfig;
 
+/// The part of all snapshots that break off.
+const BROKEN_STREAMS: f64 = 0.3;
+/// The most pieces that come before that.
+const PIECES_BEFORE_BREAK: usize = 6;
 /// After so long the transport finds that a connection is gone.
 const CONNECTION_LOST: Duration = Duration::from_secs(5);
 
@@ -150,6 +154,13 @@ impl Net {
         Fate::Arrives(weather.delay.mul_f64(coin.random_range(0.05..1.0)))
     }
 
+    /// After how many pieces a stream breaks off, if it does.
+    fn breaks_after(&self) -> Option<usize> {
+        let mut state = self.state.lock();
+        let breaks = state.coin.random_bool(BROKEN_STREAMS);
+        breaks.then(|| state.coin.random_range(1..=PIECES_BEFORE_BREAK))
+    }
+
     fn is_repeated(&self) -> bool {
         let mut state = self.state.lock();
         let repeats = state.weather.repeats;
@@ -248,9 +259,16 @@ impl Wire for End {
                 }
             });
         }
-        Box::pin(
-            self.exchange(to, |target| async move { target.groups.handle(message).await.map_err(status_of) }),
-        )
+        let is_offer = message.kind() == RaftKind::SnapshotOffer;
+        Box::pin(async move {
+            let handle =
+                |target: Running| async move { target.groups.handle(message).await.map_err(status_of) };
+            let reply = self.exchange(to, handle).await?;
+            if is_offer && codec::decode::<u64>(&reply.body).is_ok_and(|held| held > 0) {
+                self.net.truth.count("snapshots resumed");
+            }
+            Ok(reply)
+        })
     }
 
     fn snapshot(
@@ -258,8 +276,13 @@ impl Wire for End {
         to: NodeId,
         pieces: BoxStream<'static, Piece>,
     ) -> BoxFuture<'_, Result<RaftReply, Status>> {
+        let limit = self.net.breaks_after();
+        if limit.is_some() {
+            self.net.truth.count("snapshots broken");
+        }
+        let pieces = pieces.take(limit.unwrap_or(usize::MAX)).map(Ok);
         Box::pin(self.exchange(to, |target| async move {
-            target.groups.handle_snapshot(pieces.map(Ok)).await.map_err(status_of)
+            target.groups.handle_snapshot(pieces).await.map_err(status_of)
         }))
     }
 

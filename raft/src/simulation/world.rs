@@ -42,7 +42,7 @@ const KEYS: u8 = 3;
 const SHARDS: u32 = 2;
 
 /// What all the seeds together must have brought about.
-pub const MUST_HAPPEN: [&str; 17] = [
+pub const MUST_HAPPEN: [&str; 19] = [
     "acknowledged",
     "read",
     "refused",
@@ -54,6 +54,8 @@ pub const MUST_HAPPEN: [&str; 17] = [
     "transfers",
     "checkpoints",
     "snapshots",
+    "snapshots broken",
+    "snapshots resumed",
     "replacements",
     "moves",
     "discarded",
@@ -95,7 +97,9 @@ struct World {
     lie: Option<Lie>,
     truth: Arc<Truth>,
     net: Arc<Net>,
-    incoming: TempDir,
+    /// For snapshots on their way. Each run of a process has its own: what goes on after a restart is tested where
+    /// the files are.
+    dir: TempDir,
     seats: Mutex<BTreeMap<NodeId, Seat>>,
     boots: AtomicU64,
     uids: AtomicU64,
@@ -107,7 +111,7 @@ struct World {
 pub async fn run(seed: u64, lie: Option<Lie>) -> Outcome {
     let truth = Arc::new(Truth::new());
     let memory = Path::new("/dev/shm");
-    let incoming = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() };
+    let dir = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() };
     let mut coin = StdRng::seed_from_u64(seed);
     let world = Arc::new(World {
         seed,
@@ -116,7 +120,7 @@ pub async fn run(seed: u64, lie: Option<Lie>) -> Outcome {
         lie,
         net: Net::new(seed ^ 1, truth.clone()),
         truth,
-        incoming: incoming.expect("a temporary directory"),
+        dir: dir.expect("a temporary directory"),
         seats: Mutex::default(),
         boots: AtomicU64::new(0),
         uids: AtomicU64::new(0),
@@ -141,10 +145,12 @@ pub async fn run(seed: u64, lie: Option<Lie>) -> Outcome {
     world.truth.outcome()
 }
 
-/// Some clusters checkpoint often and send snapshots, others keep everything in their logs.
+/// Some clusters checkpoint often and send snapshots, others keep everything in their logs; some send
+/// slowly.
 fn config(seed: u64) -> RaftConfig {
     let checkpoint_entries = if seed.is_multiple_of(4) { 5000 } else { 25 };
-    RaftConfig { checkpoint_entries, keep_entries: 5, ..RaftConfig::default() }
+    let move_bytes_per_second = if seed.is_multiple_of(3) { 20_000 } else { 0 };
+    RaftConfig { checkpoint_entries, keep_entries: 5, move_bytes_per_second, ..RaftConfig::default() }
 }
 
 fn control_voters(state: &ClusterState) -> BTreeSet<NodeId> {
@@ -199,8 +205,8 @@ impl World {
         let asks_first = self.lie != Some(Lie::Manners);
         let end = End { node, life: life.clone(), net: self.net.clone(), asks_first };
         let peers = Peers::over(Arc::new(end), boot);
-        let incoming = self.incoming.path().join(boot.to_string());
-        let groups = Groups::new(node, log, peers, &config(self.seed), incoming).expect("a directory");
+        let dir = self.dir.path().join(boot.to_string());
+        let groups = Groups::new(node, log, peers, &config(self.seed), &dir).expect("a directory");
         self.net.start(node, Running { life: life.clone(), boot, groups: groups.clone() });
         let watch = groups.clone();
         TypeConfig::spawn(life.clone().live(async move { watch.keep_watch().await }));

@@ -1,0 +1,180 @@
+//! One attempt to send a snapshot to a member.
+
+use std::io;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::{Stream, StreamExt};
+use openraft::errors::{StreamingError, Unreachable};
+use openraft::raft::SnapshotResponse;
+use shoal_proto::peer::{Piece, RaftKind};
+
+use super::spool::{Spool, SpoolReader};
+use super::{Header, Offer, Snapshots, Throttle};
+use crate::machine::{Export, SnapshotData};
+use crate::network::Link;
+use crate::runtime::blocking;
+use crate::types::{SnapshotOf, TypeConfig, VoteOf};
+
+/// How long a member may take to read back what it has of a snapshot.
+const OFFER_TIMEOUT: Duration = Duration::from_secs(120);
+/// How long a snapshot may take beyond the time that its bytes take at the node's pace. What has come until then is not
+/// sent again.
+const SEND_TIMEOUT: Duration = Duration::from_secs(600);
+/// Bytes of the checksum in front of each piece.
+const SUM_BYTES: usize = 4;
+
+type Answer = Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>>;
+
+impl Snapshots {
+    /// Sends a snapshot, or what its member lacks of it.
+    pub(crate) async fn send(
+        &self,
+        link: &Link,
+        vote: VoteOf<TypeConfig>,
+        snapshot: SnapshotOf<TypeConfig, SnapshotData>,
+    ) -> Answer {
+        let unreachable = |reason: String| StreamingError::Unreachable(Unreachable::from_string(reason));
+        let (group, target, meta) = (link.group, link.target, snapshot.meta);
+        let spool = match snapshot.snapshot {
+            SnapshotData::File(_) => return Err(unreachable("a received file is not sent on".to_owned())),
+            SnapshotData::Spool(spool) => spool,
+            SnapshotData::Export(export) => {
+                // For a node that is not there nothing is written, and no log is kept.
+                link.beat().await?;
+                if !self.spools().has_room() {
+                    let header = Header { group, target, vote, meta, resumed: None }.write();
+                    let pieces = paced(pieces(header.into(), export), self.throttle().clone());
+                    return link.snapshot(pieces.boxed(), SEND_TIMEOUT).await;
+                }
+                // Gone when openraft gives the attempt up, or the node stops.
+                let wish = Arc::new(());
+                let (this, export) = (self.clone(), Wanted { export, wish: Arc::downgrade(&wish) });
+                let made = blocking(move || this.spools().make(group, meta, &export)).await;
+                drop(wish);
+                made.map_err(|error| unreachable(error.to_string()))?
+            }
+        };
+        let offer = Offer { vote, meta: spool.meta.clone(), id: spool.id };
+        let held: u64 = link.call(RaftKind::SnapshotOffer, &offer, OFFER_TIMEOUT).await?;
+        if held > spool.id.pieces {
+            return Err(unreachable(format!("the member has {held} of {} pieces", spool.id.pieces)));
+        }
+        let _lent = spool.lend(target);
+        let resumed = Some((spool.id, held));
+        let header = Header { group, target, vote, meta: spool.meta.clone(), resumed }.write();
+        let timeout = SEND_TIMEOUT + 2 * self.throttle().time_for(spool.id.bytes);
+        let pieces = paced(spooled(spool.clone(), header.into(), held), self.throttle().clone());
+        let answer = link.snapshot(pieces.boxed(), timeout).await?;
+        self.spools().delivered(&spool, target);
+        Ok(answer)
+    }
+}
+
+/// An export that ends by an error when nobody waits for it any longer: a thread that blocks keeps a process from
+/// ending.
+struct Wanted {
+    export: Arc<dyn Export>,
+    wish: Weak<()>,
+}
+
+impl Export for Wanted {
+    fn next_piece(&self) -> io::Result<Option<Vec<u8>>> {
+        match self.wish.strong_count() {
+            0 => Err(io::Error::other("nobody waits for the snapshot any more")),
+            _ => self.export.next_piece(),
+        }
+    }
+}
+
+/// Lets pieces through at the node's pace, and counts them.
+fn paced(
+    pieces: impl Stream<Item = Piece> + Send + 'static,
+    throttle: Throttle,
+) -> impl Stream<Item = Piece> + Send + 'static {
+    pieces.then(move |piece| {
+        let throttle = throttle.clone();
+        async move {
+            let bytes = piece.data.len().saturating_sub(SUM_BYTES);
+            throttle.pass(bytes).await;
+            metrics::counter!("shoal_raft_snapshot_bytes_sent_total").increment(bytes as u64);
+            piece
+        }
+    })
+}
+
+/// Streams an export: each piece with its checksum in front, and an empty piece at the end, so
+/// that a broken stream is not taken for a whole one.
+pub(crate) fn pieces(header: Bytes, export: Arc<dyn Export>) -> impl Stream<Item = Piece> + Send + 'static {
+    futures::stream::unfold(Some(header), move |header| {
+        let export = export.clone();
+        async move {
+            let header = header?;
+            let data = match blocking(move || export.next_piece()).await {
+                Ok(data) => data,
+                Err(error) => {
+                    tracing::warn!(%error, "a snapshot could not be read; it will be tried again");
+                    return None;
+                }
+            };
+            let next = data.is_some().then(Bytes::new);
+            Some((framed(header, data), next))
+        }
+    })
+}
+
+/// A spool on its way.
+struct Reading {
+    header: Bytes,
+    reader: Option<SpoolReader>,
+}
+
+/// Streams a spool as [`pieces`] streams an export, but for the first pieces, which are held already.
+fn spooled(spool: Arc<Spool>, header: Bytes, held: u64) -> impl Stream<Item = Piece> + Send + 'static {
+    futures::stream::unfold(Some(Reading { header, reader: None }), move |reading| {
+        let spool = spool.clone();
+        async move {
+            let Reading { header, reader } = reading?;
+            let from = spool.clone();
+            let read = blocking(move || {
+                let mut reader = match reader {
+                    Some(reader) => reader,
+                    None => begin(&from, held)?,
+                };
+                let piece = reader.next_piece()?;
+                Ok((reader, piece))
+            });
+            match read.await {
+                Ok((reader, data)) => {
+                    let next = Reading { header: Bytes::new(), reader: Some(reader) };
+                    let next = data.is_some().then_some(next);
+                    Some((framed(header, data), next))
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "a snapshot could not be read; another one will be made");
+                    spool.retire();
+                    None
+                }
+            }
+        }
+    })
+}
+
+fn begin(spool: &Spool, held: u64) -> io::Result<SpoolReader> {
+    let reader = spool.read_from(held)?;
+    if held > 0 {
+        let (sent_before, bytes) = (reader.skipped_bytes, spool.id.bytes);
+        tracing::info!(sent_before, bytes, "a snapshot goes on where it ended");
+        metrics::counter!("shoal_raft_snapshot_resumed_bytes_total").increment(sent_before);
+    }
+    Ok(reader)
+}
+
+fn framed(header: Bytes, data: Option<Vec<u8>>) -> Piece {
+    let body = data.unwrap_or_default();
+    let mut framed = Vec::with_capacity(SUM_BYTES + body.len());
+    framed.extend_from_slice(&crc32fast::hash(&body).to_le_bytes());
+    framed.extend_from_slice(&body);
+    Piece { header, data: framed.into() }
+}
