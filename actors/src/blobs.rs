@@ -3,7 +3,9 @@
 //! An upload is spooled to a file, hashed on the way, synced, and renamed to its hash: a blob
 //! is there whole and durable or not at all. [`replicate`] makes a blob durable on a majority
 //! of a shard's replicas *before* the log entry that names it is proposed. A replica that
-//! lacks one fetches it from another ([`fetch`]) and checks the hash of what it got.
+//! lacks one fetches it from another and checks the hash of what it got: when somebody waits for the bytes
+//! ([`fetch`]), or for a copy of its own ([`copy_here`]), for which nobody sends faster than moves may. A move
+//! that is interrupted goes on blob by blob: what is here whole is not sent again.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -383,6 +385,38 @@ pub async fn fetch(
     shard: ShardId,
     hash: BlobHash,
 ) -> Result<Vec<u8>, Error> {
+    fetch_as(Purpose::Read, cluster, store, shard, hash).await
+}
+
+/// Brings a blob that this replica lacks, at the pace of moves.
+///
+/// # Errors
+/// Unavailable when no replica that could be reached has it whole.
+pub async fn copy_here(
+    cluster: &Cluster,
+    store: &BlobStore,
+    shard: ShardId,
+    hash: BlobHash,
+) -> Result<(), Error> {
+    fetch_as(Purpose::Move, cluster, store, shard, hash).await.map(drop)
+}
+
+/// What a blob is fetched for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Purpose {
+    /// Somebody waits for the bytes.
+    Read,
+    /// A replica is to have all of its files.
+    Move,
+}
+
+async fn fetch_as(
+    purpose: Purpose,
+    cluster: &Cluster,
+    store: &BlobStore,
+    shard: ShardId,
+    hash: BlobHash,
+) -> Result<Vec<u8>, Error> {
     let mut reason = match store.read(shard, hash).await {
         Ok(bytes) => return Ok(bytes),
         Err(error) => error.to_string(),
@@ -392,7 +426,7 @@ pub async fn fetch(
     // While a shard moves, those that are to hold it may all be new to it.
     let others = state.nodes.keys().filter(|node| !replicas.contains(node));
     for node in replicas.iter().chain(others).filter(|node| **node != cluster.node()) {
-        match fetch_from(cluster, shard, hash, *node).await {
+        match fetch_from(purpose, cluster, shard, hash, *node).await {
             Ok(bytes) if *blake3::hash(&bytes).as_bytes() == hash.0 => {
                 if replicas.contains(&cluster.node()) {
                     keep(store, shard, hash, &bytes).await;
@@ -435,13 +469,15 @@ async fn keep(store: &BlobStore, shard: ShardId, hash: BlobHash, bytes: &[u8]) {
 }
 
 async fn fetch_from(
+    purpose: Purpose,
     cluster: &Cluster,
     shard: ShardId,
     hash: BlobHash,
     node: NodeId,
 ) -> Result<Vec<u8>, String> {
     let mut client = cluster.groups().peers().client(node, Lane::Bulk)?;
-    let request = GetBlobRequest { group: shard.0, hash: hash.to_string() };
+    let is_move = purpose == Purpose::Move;
+    let request = GetBlobRequest { group: shard.0, hash: hash.to_string(), is_move };
     let describe = |status: tonic::Status| format!("node {node}: {}", status.message());
     let mut pieces = client.get_blob(request).await.map_err(describe)?.into_inner();
     let mut bytes = Vec::new();

@@ -12,6 +12,7 @@ use shoal_proto::peer::{
     HelloRequest, JoinReply, JoinRequest, Piece, PutBlobReply, RaftMessage, RaftReply,
 };
 use shoal_proto::{BlobHash, GroupId, Level, NodeId, ShardId, codec};
+use shoal_raft::Throttle;
 use shoal_raft::cluster::{Addresses, Command, Response, too_old};
 use tokio_stream::StreamExt;
 use tonic::{Request, Status, Streaming};
@@ -187,9 +188,18 @@ impl Peer for PeerService {
         let request = request.into_inner();
         let hash: BlobHash = request.hash.parse().map_err(Status::invalid_argument)?;
         let pieces = self.blobs()?.read_stream(ShardId(request.group), hash).await.map_err(io_status)?;
-        let pieces = pieces.map(|piece| match piece {
-            Ok(data) => Ok(Piece { header: bytes::Bytes::new(), data }),
-            Err(error) => Err(io_status(error)),
+        // Somebody waits for the bytes of a file that is read or parsed, and nobody for a copy.
+        let throttle = match request.is_move {
+            true => self.cluster()?.groups().throttle().clone(),
+            false => Throttle::new(0),
+        };
+        let pieces = pieces.then(move |piece| {
+            let throttle = throttle.clone();
+            async move {
+                let data = piece.map_err(io_status)?;
+                throttle.pass(data.len()).await;
+                Ok::<_, Status>(Piece { header: bytes::Bytes::new(), data })
+            }
         });
         Ok(tonic::Response::new(Box::pin(pieces)))
     }

@@ -297,7 +297,7 @@ impl ShardState {
         let start = self.blobs_tried.checked_rem(missing.len()).unwrap_or_default();
         missing.rotate_left(start);
         for file in missing.into_iter().take(BLOBS_AT_ONCE) {
-            if let Err(error) = blobs::fetch(&self.cluster, &self.local.blobs, self.id, file.blob).await {
+            if let Err(error) = blobs::copy_here(&self.cluster, &self.local.blobs, self.id, file.blob).await {
                 tracing::warn!(shard = self.id.0, %error, "a missing blob will be fetched later");
                 has_failed = true;
             }
