@@ -201,6 +201,18 @@ pub enum Command {
         /// The nodes that have promised to keep to it: refused when the members are others.
         nodes: BTreeSet<NodeId>,
     },
+    /// As [`Command::EndRestore`], but one of the collections is shown under another name, in the place of
+    /// the one that has it: what that one held goes, its aliases stay.
+    EndRestoreAs {
+        /// The restore. A retry of this command is harmless.
+        restore: RequestId,
+        /// All that it has put back.
+        collections: BTreeSet<String>,
+        /// The one of them that gets the name.
+        hidden: String,
+        /// The name, which may be free as well.
+        name: String,
+    },
 }
 
 impl Command {
@@ -208,6 +220,7 @@ impl Command {
     pub fn level(&self) -> Level {
         match self {
             Command::AdmitNode { .. } => Level::JOINS_TELL_LEVELS,
+            Command::EndRestoreAs { .. } => Level::RESTORES_REPLACE,
             // Before it is in the log, all that will read it have promised that they can.
             Command::RaiseLevel { .. } => Level::FIRST,
             Command::CreateCluster { .. }

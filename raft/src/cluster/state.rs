@@ -164,6 +164,7 @@ impl ClusterState {
             Command::CreateCollection { request_id, .. } | Command::DeleteCollection { request_id, .. } => {
                 Some(*request_id)
             }
+            Command::EndRestoreAs { restore, .. } => Some(*restore),
             _ => None,
         };
         let answered = self.answered.iter().find(|(id, _)| Some(*id) == request_id);
@@ -262,6 +263,9 @@ impl ClusterState {
             }
             Command::EndRestore { restore, collections, aliases } => {
                 self.end_restore(restore, &collections, aliases)
+            }
+            Command::EndRestoreAs { restore, collections, hidden, name } => {
+                self.end_restore_as(restore, &collections, &hidden, name)
             }
             Command::AbortRestore { restore } => {
                 self.abort_restores(|by| by.id == restore);
@@ -473,6 +477,42 @@ impl ClusterState {
                 drop(self.set_alias(alias, Some(collection)));
             }
         }
+        Ok(Response::Done)
+    }
+
+    /// What a restore has made under a name of its own takes the place of the collection `name`, if there is
+    /// one, and whatever else it has made is shown.
+    fn end_restore_as(
+        &mut self,
+        restore: RequestId,
+        collections: &BTreeSet<String>,
+        hidden: &str,
+        name: String,
+    ) -> Result<Response, Error> {
+        let is_ours = |name: &str| self.restoring.get(name).is_some_and(|by| by.id == restore);
+        let mut all = collections.iter().map(String::as_str).chain([hidden]);
+        if let Some(lost) = all.find(|name| !is_ours(name)) {
+            return Err(conflict(format!("`{lost}` is not what this restore has begun any more")));
+        }
+        validate_name("collection_name", &name)?;
+        if self.restoring.contains_key(&name) {
+            return Err(conflict(format!("collection `{name}` is being restored from a backup")));
+        }
+        if self.aliases.contains_key(&name) {
+            return Err(conflict(format!("`{name}` is an alias")));
+        }
+        self.drop_reshard(&name);
+        let replaced = self.collections.remove(&name).map(|replaced| replaced.shards);
+        for shard in replaced.unwrap_or_default() {
+            self.shards.remove(&shard);
+        }
+        let collection = self.collections.remove(hidden).expect("what is being restored is there");
+        for shard in &collection.shards {
+            let shard = self.shards.get_mut(shard).expect("a collection's shards are there");
+            shard.collection.clone_from(&name);
+        }
+        self.collections.insert(name, collection);
+        self.restoring.retain(|_, by| by.id != restore);
         Ok(Response::Done)
     }
 
