@@ -38,6 +38,24 @@ impl Backups {
         id: &str,
         names: Option<Vec<String>>,
     ) -> Result<(), Error> {
+        let head = self.bring(target, id, names).await?;
+        // What it names must still be there.
+        lock.check().await?;
+        target.publish(&head).await?;
+        if let Err(error) = lock.check().await {
+            target.forget(id).await?;
+            return Err(error);
+        }
+        Ok(())
+    }
+
+    /// Brings everything that a backup consists of to the target. Its head, which is returned, makes it one.
+    pub(super) async fn bring(
+        &self,
+        target: &Target,
+        id: &str,
+        names: Option<Vec<String>>,
+    ) -> Result<Head, Error> {
         let state = self.inner.cluster.fresh_state(Instant::now() + ASK_TIMEOUT).await?;
         // What is being restored is not there yet.
         let is_full = names.is_none() && state.restoring.is_empty();
@@ -56,7 +74,7 @@ impl Backups {
         let text = serde_json::to_vec(&manifest).map_err(Error::internal)?;
         let (object, _) = target.put(text.into()).await?;
         let named: BTreeMap<_, _> = manifest.objects().map(|object| (object.hash, object.bytes)).collect();
-        let head = Head {
+        Ok(Head {
             format: FORMAT,
             id: id.to_owned(),
             created_at: unix_now(),
@@ -67,15 +85,7 @@ impl Backups {
             collections: manifest.summaries(),
             bytes: named.values().sum(),
             new_bytes: self.job().map_or(0, |job| job.bytes_new),
-        };
-        // What it names must still be there.
-        lock.check().await?;
-        target.publish(&head).await?;
-        if let Err(error) = lock.check().await {
-            target.forget(id).await?;
-            return Err(error);
-        }
-        Ok(())
+        })
     }
 
     /// A collection; none when it was deleted since the backup began. When its shards were split or merged

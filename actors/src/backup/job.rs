@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 use shoal_proto::{Error, NodeId};
+use tokio::sync::oneshot;
 
 use crate::cluster::unix_now;
 
@@ -16,6 +17,8 @@ pub enum JobKind {
     Restore,
     /// It is deleted.
     Delete,
+    /// A snapshot of one collection is made.
+    Snapshot,
 }
 
 impl JobKind {
@@ -26,6 +29,7 @@ impl JobKind {
             JobKind::Verify => "verify",
             JobKind::Restore => "restore",
             JobKind::Delete => "delete",
+            JobKind::Snapshot => "snapshot",
         }
     }
 }
@@ -64,6 +68,23 @@ pub struct Job {
     pub started_at: u64,
     /// Seconds since the Unix epoch, once it is over.
     pub ended_at: Option<u64>,
+}
+
+/// A job that was begun, for somebody who waits for its end. It goes on when nobody does.
+pub struct Begun {
+    /// As it began.
+    pub job: Job,
+    pub(super) ended: oneshot::Receiver<Result<(), Error>>,
+}
+
+impl Begun {
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// What it failed with.
+    pub async fn wait(self) -> Result<(), Error> {
+        self.ended.await.unwrap_or_else(|_| Err(Error::internal("the job was given up")))
+    }
 }
 
 impl Job {

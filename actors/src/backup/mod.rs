@@ -11,11 +11,17 @@
 //! What is restored is shown in one step at the end: a restore that breaks off has shown nothing, and
 //! is begun again. The same holds for a backup: without its head it does not exist, and what it
 //! has brought so far the next one finds.
+//!
+//! A [`Snapshot`] is a backup of one collection that can be taken away as one file, an archive that is
+//! made as it is downloaded, and be put in the place of a collection in one step.
 
+mod archive;
 mod create;
 mod job;
 mod manifest;
+mod receive;
 mod restore;
+mod snapshot;
 mod target;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -28,11 +34,13 @@ use parking_lot::Mutex;
 use shoal_engine::backup::Inspection;
 use shoal_proto::{Error, ErrorCode, RequestId};
 use shoal_raft::cluster::Command;
-use tokio::sync::OnceCell;
+use tokio::sync::{OnceCell, Semaphore, oneshot};
 
-pub use job::{Job, JobKind, JobState};
+pub use job::{Begun, Job, JobKind, JobState};
 pub use manifest::{Blob, CollectionCopy, FORMAT, Head, Manifest, Object, ShardCopy, Summary};
+pub use receive::{Receipt, ReceiveLimits, Received};
 pub use restore::RestoreOptions;
+pub use snapshot::Snapshot;
 pub use target::Target;
 
 use self::target::{AT_ONCE, LARGE_AT_ONCE, Lock};
@@ -43,6 +51,9 @@ use crate::cluster::Cluster;
 const LEFTOVERS_TIMEOUT: Duration = Duration::from_secs(10);
 /// The pause before that is tried again.
 const LEFTOVERS_PAUSE: Duration = Duration::from_secs(1);
+
+/// Snapshots that a node takes in at once.
+const RECEIVING_AT_ONCE: usize = 2;
 
 /// How backups are made.
 #[derive(Clone, Debug, Default)]
@@ -67,25 +78,31 @@ struct Inner {
     blobs: BlobStore,
     /// Shards on their way back.
     scratch: PathBuf,
+    /// Snapshots on their way in.
+    received: PathBuf,
+    receiving: Arc<Semaphore>,
     job: Mutex<Option<Job>>,
     /// Held by a restore, and by whoever ends what restores of this node have left.
     restoring: tokio::sync::Mutex<()>,
 }
 
 impl Backups {
-    /// What a restore has left here that a crash has ended is deleted.
+    /// What a restore or an upload has left here that a crash has ended is deleted.
     pub(crate) fn open(
         config: BackupConfig,
         cluster: Cluster,
         blobs: BlobStore,
         data: &Path,
     ) -> std::io::Result<Backups> {
-        let scratch = data.join("restore");
-        if scratch.exists() {
-            std::fs::remove_dir_all(&scratch)?;
+        let (scratch, received) = (data.join("restore"), data.join("received"));
+        for left in [&scratch, &received] {
+            if left.exists() {
+                std::fs::remove_dir_all(left)?;
+            }
         }
         // Known from the beginning, so that what comes first is seen to have come.
-        for kind in [JobKind::Create, JobKind::Verify, JobKind::Restore, JobKind::Delete] {
+        let kinds = [JobKind::Create, JobKind::Verify, JobKind::Restore, JobKind::Delete, JobKind::Snapshot];
+        for kind in kinds {
             for result in ["ok", "failed"] {
                 metrics::counter!("shoal_backup_jobs_total", "kind" => kind.name(), "result" => result)
                     .increment(0);
@@ -97,6 +114,8 @@ impl Backups {
             cluster,
             blobs,
             scratch,
+            received,
+            receiving: Arc::new(Semaphore::new(RECEIVING_AT_ONCE)),
             job: Mutex::default(),
             restoring: tokio::sync::Mutex::default(),
         };
@@ -148,6 +167,7 @@ impl Backups {
             Ok(())
         })
         .await
+        .map(|begun| begun.job)
     }
 
     /// Begins to read a whole backup: every object is compared with its hash, and every record looked at.
@@ -157,18 +177,22 @@ impl Backups {
     pub async fn verify(&self, id: &str) -> Result<Job, Error> {
         let target = self.target().await?;
         let this = self.clone();
-        self.begin(JobKind::Verify, id, async move |id| {
+        let begun = self.begin(JobKind::Verify, id, async move |id| {
             let head = target.head(&id).await?;
-            let manifest = target.manifest(&head).await?;
-            this.note(|job| job.bytes_total = manifest.objects().map(|object| object.bytes).sum());
-            for collection in &manifest.collections {
-                for shard in &collection.shards {
-                    this.note(|job| job.at = format!("shard {} of {}", shard.shard, collection.name));
-                    this.verify_shard(&target, shard).await?;
-                }
+            this.verify_now(&target, &target.manifest(&head).await?).await
+        });
+        begun.map(|begun| begun.job)
+    }
+
+    async fn verify_now(&self, target: &Target, manifest: &Manifest) -> Result<(), Error> {
+        self.note(|job| job.bytes_total = manifest.objects().map(|object| object.bytes).sum());
+        for collection in &manifest.collections {
+            for shard in &collection.shards {
+                self.note(|job| job.at = format!("shard {} of {}", shard.shard, collection.name));
+                self.verify_shard(target, shard).await?;
             }
-            Ok(())
-        })
+        }
+        Ok(())
     }
 
     async fn verify_shard(&self, target: &Target, shard: &ShardCopy) -> Result<(), Error> {
@@ -205,7 +229,9 @@ impl Backups {
     pub async fn restore(&self, id: &str, options: RestoreOptions) -> Result<Job, Error> {
         let target = self.target().await?;
         let this = self.clone();
-        self.begin(JobKind::Restore, id, async move |id| this.restore_now(&target, &id, options).await)
+        let begun =
+            self.begin(JobKind::Restore, id, async move |id| this.restore_now(&target, &id, options).await);
+        begun.map(|begun| begun.job)
     }
 
     /// Begins to delete a backup, and the objects that no other one names.
@@ -221,6 +247,7 @@ impl Backups {
             target.sweep(&lock).await.map(drop)
         })
         .await
+        .map(|begun| begun.job)
     }
 
     /// Deletes this cluster's oldest backups, so that as many stay as are to be kept: of those that hold
@@ -302,7 +329,7 @@ impl Backups {
         backup: &str,
         target: Target,
         run: impl FnOnce(Target, Arc<Lock>, String) -> F + Send + 'static,
-    ) -> Result<Job, Error>
+    ) -> Result<Begun, Error>
     where
         F: Future<Output = Result<(), Error>> + Send + 'static,
     {
@@ -324,18 +351,16 @@ impl Backups {
         begun.await.map_err(Error::internal)?
     }
 
-    fn begin<F>(&self, kind: JobKind, backup: &str, run: impl FnOnce(String) -> F) -> Result<Job, Error>
+    fn begin<F>(&self, kind: JobKind, backup: &str, run: impl FnOnce(String) -> F) -> Result<Begun, Error>
     where
         F: Future<Output = Result<(), Error>> + Send + 'static,
     {
         let job = {
             let mut slot = self.inner.job.lock();
-            if let Some(busy) = slot.as_ref().filter(|job| job.state == JobState::Running) {
-                let message = format!("this node is at the {} of backup {}", busy.kind.name(), busy.backup);
-                return Err(Error::new(ErrorCode::Conflict, message));
-            }
+            check_idle(slot.as_ref())?;
             slot.insert(Job::begin(kind, backup, self.inner.cluster.node())).clone()
         };
+        let (sender, receiver) = oneshot::channel();
         let this = self.clone();
         let running = tokio::spawn(run(backup.to_owned()));
         tokio::spawn(async move {
@@ -350,8 +375,10 @@ impl Backups {
                     Err(error) => tracing::error!(kind = kind.name(), backup = job.backup, %error, "failed"),
                 }
             });
+            // Nobody has to wait for it.
+            drop(sender.send(ended));
         });
-        Ok(job)
+        Ok(Begun { job, ended: receiver })
     }
 
     /// Notes that so many bytes more were read or written.
@@ -362,6 +389,17 @@ impl Backups {
     fn note(&self, change: impl FnOnce(&mut Job)) {
         if let Some(job) = &mut *self.inner.job.lock() {
             change(job);
+        }
+    }
+}
+
+/// One thing at a time.
+fn check_idle(job: Option<&Job>) -> Result<(), Error> {
+    match job.filter(|job| job.state == JobState::Running) {
+        None => Ok(()),
+        Some(busy) => {
+            let message = format!("this node is at the {} of backup {}", busy.kind.name(), busy.backup);
+            Err(Error::new(ErrorCode::Conflict, message))
         }
     }
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use futures::{StreamExt, TryStreamExt};
 use shoal_engine::backup::Archive;
 use shoal_engine::command::{Answer, Command, Document, FileRecord, Read};
-use shoal_proto::{CollectionConfig, DocumentId, Error, ErrorCode, RequestId, ShardId};
+use shoal_proto::{CollectionConfig, DocumentId, Error, ErrorCode, GroupId, RequestId, ShardId};
 use shoal_raft::cluster::{self, ClusterState};
 
 use super::Backups;
@@ -22,6 +22,10 @@ use crate::scratch::{Scratch, ScratchCopy};
 
 /// How long the cluster may take for one step: long enough for an election.
 const STEP_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long the nodes may take to hear of what has taken the place of a collection, and the pause before
+/// they are asked again.
+const HEARD_TIMEOUT: Duration = Duration::from_secs(10);
+const HEARD_PAUSE: Duration = Duration::from_millis(20);
 /// Entries on their way into shards at once.
 const WRITES_AT_ONCE: usize = 8;
 /// Bytes of points, and of documents, that are read at a time.
@@ -38,10 +42,19 @@ pub struct RestoreOptions {
     pub replication_factor: Option<u32>,
 }
 
+/// What takes the place of a collection.
+pub(super) struct Place {
+    /// The name that it is restored under.
+    pub(super) hidden: String,
+    /// The name that it gets.
+    pub(super) name: String,
+}
+
 /// A restore under way.
 struct Restore<'a> {
     backups: &'a Backups,
     target: &'a Target,
+    place: Option<Place>,
     id: RequestId,
     /// Under which its writes are remembered.
     scope: String,
@@ -69,11 +82,22 @@ impl Backups {
         id: &str,
         options: RestoreOptions,
     ) -> Result<(), Error> {
-        let _alone = self.inner.restoring.lock().await;
-        self.try_end_leftovers().await?;
         let head = target.head(id).await?;
         let manifest = target.manifest(&head).await?;
-        let chosen = chosen(&manifest, options.collections.as_deref())?;
+        self.put_back(target, &manifest, &options, None).await
+    }
+
+    /// Puts back what a manifest names, where it was or in the place of a collection.
+    pub(super) async fn put_back(
+        &self,
+        target: &Target,
+        manifest: &Manifest,
+        options: &RestoreOptions,
+        place: Option<Place>,
+    ) -> Result<(), Error> {
+        let _alone = self.inner.restoring.lock().await;
+        self.try_end_leftovers().await?;
+        let chosen = chosen(manifest, options.collections.as_deref())?;
         let state = self.inner.cluster.fresh_state(Instant::now() + STEP_TIMEOUT).await?;
         for collection in &chosen {
             // Files are put to those that are there.
@@ -91,11 +115,11 @@ impl Backups {
             shard.pieces.iter().map(|piece| piece.bytes).chain(blobs).sum::<u64>()
         };
         let total = objects.map(bytes).sum();
-        self.note(|job| job.bytes_total = total);
+        self.note(|job| (job.bytes_done, job.bytes_total) = (0, total));
         let id = uuid::Uuid::new_v4();
         let scope = id.to_string();
-        let restore = Restore { backups: self, target, id: RequestId(id.into_bytes()), scope };
-        let restored = restore.run(&manifest, &chosen, &options).await;
+        let restore = Restore { backups: self, target, place, id: RequestId(id.into_bytes()), scope };
+        let restored = restore.run(manifest, &chosen, options).await;
         drop(std::fs::remove_dir_all(&self.inner.scratch));
         if restored.is_err() {
             restore.give_up().await;
@@ -163,9 +187,36 @@ impl Restore<'_> {
         }
         let mut names: BTreeSet<String> = others().map(|collection| collection.name.clone()).collect();
         names.extend(files.filter(|(_, place)| place.is_begun).map(|(files, _)| files.name.clone()));
-        let aliases = manifest.aliases.clone().into_iter().filter(|(_, name)| names.contains(name)).collect();
-        let command = cluster::Command::EndRestore { restore: self.id, collections: names, aliases };
-        self.control(command).await.map(drop)
+        let Some(Place { hidden, name }) = &self.place else {
+            let aliases = manifest.aliases.clone().into_iter();
+            let aliases = aliases.filter(|(_, name)| names.contains(name)).collect();
+            let command = cluster::Command::EndRestore { restore: self.id, collections: names, aliases };
+            return self.control(command).await.map(drop);
+        };
+        let (hidden, name) = (hidden.clone(), name.clone());
+        let command = cluster::Command::EndRestoreAs { restore: self.id, collections: names, hidden, name };
+        self.control(command).await?;
+        self.heard().await;
+        Ok(())
+    }
+
+    /// Waits until every node that answers has heard what was shown: nobody reads any more what it has taken
+    /// the place of. What is shown stays shown, so that this cannot fail.
+    async fn heard(&self) {
+        let cluster = &self.backups.inner.cluster;
+        let deadline = Instant::now() + HEARD_TIMEOUT;
+        drop(cluster.fresh_state(deadline).await);
+        let Ok(control) = cluster.groups().get(GroupId::CONTROL) else { return };
+        let shown = control.status().applied;
+        while Instant::now() < deadline {
+            let reports = cluster.reports().await;
+            let groups = reports.values().flat_map(|report| &report.groups);
+            let mut controls = groups.filter(|group| group.group == GroupId::CONTROL);
+            if controls.all(|control| control.applied >= shown) {
+                return;
+            }
+            tokio::time::sleep(HEARD_PAUSE).await;
+        }
     }
 
     /// Makes the collection, unseen.

@@ -3,6 +3,7 @@
 //! ```text
 //!  objects/ab/<BLAKE3>   pieces of shards, bytes of files, manifests: each once, under its hash
 //!  backups/<id>.json     names a manifest; written last
+//!  snapshots/<id>.json   the same for a snapshot
 //!  locks/<number>        who writes or deletes; the highest number counts
 //! ```
 //!
@@ -25,10 +26,12 @@ use object_store::path::Path;
 use object_store::prefix::PrefixStore;
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutOptions};
 use parking_lot::Mutex;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use shoal_proto::{BlobHash, Error, ErrorCode};
 
 use super::manifest::{FORMAT, Head, Manifest, Object};
+use super::snapshot::Snapshot;
 use crate::cluster::unix_now;
 
 /// How long a lock holds that nobody renews: its holder is gone.
@@ -179,8 +182,17 @@ impl Target {
 
     /// Writes the head of a backup whose objects are all there.
     pub(crate) async fn publish(&self, head: &Head) -> Result<(), Error> {
+        self.write(&head_path(&head.id), head).await
+    }
+
+    /// Writes the head of a snapshot whose objects are all there.
+    pub(crate) async fn publish_snapshot(&self, snapshot: &Snapshot) -> Result<(), Error> {
+        self.write(&snapshot_path(&snapshot.id), snapshot).await
+    }
+
+    async fn write(&self, path: &Path, head: &impl Serialize) -> Result<(), Error> {
         let text = serde_json::to_vec_pretty(head).map_err(Error::internal)?;
-        let put = self.store.put(&head_path(&head.id), text.into()).await;
+        let put = self.store.put(path, text.into()).await;
         put.map(drop).map_err(|error| self.failed(&error))
     }
 
@@ -189,18 +201,47 @@ impl Target {
     /// # Errors
     /// Unavailable when the target fails; internal when a head is damaged.
     pub async fn heads(&self) -> Result<Vec<Head>, Error> {
-        let listed = self.store.list(Some(&Path::from("backups")));
+        let mut heads: Vec<Head> = self.read_folder("backups").await?;
+        heads.sort_by(|a, b| a.id.cmp(&b.id));
+        Ok(heads)
+    }
+
+    /// The snapshots that are there, of all collections, oldest first.
+    ///
+    /// # Errors
+    /// As [`Target::heads`].
+    pub async fn snapshots(&self) -> Result<Vec<Snapshot>, Error> {
+        let mut snapshots: Vec<Snapshot> = self.read_folder("snapshots").await?;
+        snapshots.sort_by(|a, b| a.id.cmp(&b.id));
+        Ok(snapshots)
+    }
+
+    async fn read_folder<T: DeserializeOwned>(&self, folder: &str) -> Result<Vec<T>, Error> {
+        let listed = self.store.list(Some(&Path::from(folder)));
         let paths: Vec<Path> =
             listed.map_ok(|meta| meta.location).try_collect().await.map_err(|error| self.failed(&error))?;
         let mut heads = Vec::new();
-        for path in paths {
+        // Somebody may have put a downloaded snapshot beside its head.
+        for path in paths.into_iter().filter(|path| path.extension() == Some("json")) {
             // One that was deleted meanwhile is none.
             if let Some(text) = self.read(&path).await? {
                 heads.push(self.parse(&path, &text)?);
             }
         }
-        heads.sort_by(|a, b| a.id.cmp(&b.id));
         Ok(heads)
+    }
+
+    /// The snapshot of that name.
+    ///
+    /// # Errors
+    /// Not found; and as [`Target::heads`].
+    pub async fn snapshot(&self, name: &str) -> Result<Snapshot, Error> {
+        let missing = || Error::not_found(format!("no snapshot `{name}` in {}", self.name));
+        let id = Snapshot::id_of(name).ok_or_else(missing)?;
+        let path = snapshot_path(id);
+        let text = self.read(&path).await?.ok_or_else(missing)?;
+        let snapshot: Snapshot = self.parse(&path, &text)?;
+        if snapshot.id == id && snapshot.name() == name { Ok(snapshot) } else { Err(missing()) }
     }
 
     /// One backup.
@@ -218,7 +259,7 @@ impl Target {
         self.parse(&path, &text)
     }
 
-    fn parse(&self, path: &Path, text: &[u8]) -> Result<Head, Error> {
+    fn parse<T: DeserializeOwned>(&self, path: &Path, text: &[u8]) -> Result<T, Error> {
         let damaged = |error: serde_json::Error| {
             Error::internal(format!(
                 "{path} of {} is not the head of a backup ({error}): repair or delete it",
@@ -238,26 +279,55 @@ impl Target {
                 format!("backup {} was written by version {} in a later format", head.id, head.version);
             return Err(Error::new(ErrorCode::Unprocessable, message));
         }
-        let text = self.get(&head.manifest).await?;
-        serde_json::from_slice(&text).map_err(|error| {
-            Error::internal(format!("the manifest of {} is not understood: {error}", head.id))
-        })
+        self.read_manifest(&head.id, &head.manifest).await
+    }
+
+    /// What a snapshot consists of.
+    ///
+    /// # Errors
+    /// As [`Target::manifest`].
+    pub(crate) async fn snapshot_manifest(&self, snapshot: &Snapshot) -> Result<Manifest, Error> {
+        if snapshot.format > FORMAT {
+            let message = format!("snapshot {} was written in a later format", snapshot.name());
+            return Err(Error::new(ErrorCode::Unprocessable, message));
+        }
+        self.read_manifest(&snapshot.id, &snapshot.manifest).await
+    }
+
+    async fn read_manifest(&self, id: &str, manifest: &Object) -> Result<Manifest, Error> {
+        let text = self.get(manifest).await?;
+        serde_json::from_slice(&text)
+            .map_err(|error| Error::internal(format!("the manifest of {id} is not understood: {error}")))
     }
 
     /// Takes a backup's head away, if it is there. Its objects stay until [`Target::sweep`].
     pub(crate) async fn forget(&self, id: &str) -> Result<(), Error> {
-        match self.store.delete(&head_path(id)).await {
+        self.delete(&head_path(id)).await
+    }
+
+    /// Takes a snapshot's head away, as [`Target::forget`] does with a backup's.
+    pub(crate) async fn forget_snapshot(&self, id: &str) -> Result<(), Error> {
+        self.delete(&snapshot_path(id)).await
+    }
+
+    async fn delete(&self, path: &Path) -> Result<(), Error> {
+        match self.store.delete(path).await {
             Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
             Err(error) => Err(self.failed(&error)),
         }
     }
 
-    /// Deletes the objects that no backup names. Returns how many, and their bytes.
+    /// Deletes the objects that no backup and no snapshot names. Returns how many, and their bytes.
     pub(crate) async fn sweep(&self, lock: &Lock) -> Result<(u64, u64), Error> {
         let mut named = BTreeSet::new();
         for head in self.heads().await? {
             named.insert(object_path(head.manifest.hash));
             named.extend(self.manifest(&head).await?.objects().map(|object| object_path(object.hash)));
+        }
+        for snapshot in self.snapshots().await? {
+            named.extend([object_path(snapshot.head.hash), object_path(snapshot.manifest.hash)]);
+            let manifest = self.snapshot_manifest(&snapshot).await?;
+            named.extend(manifest.objects().map(|object| object_path(object.hash)));
         }
         let (mut count, mut bytes) = (0, 0);
         let mut all = self.store.list(Some(&Path::from("objects")));
@@ -404,6 +474,10 @@ fn head_path(id: &str) -> Path {
     Path::from(format!("backups/{id}.json"))
 }
 
+fn snapshot_path(id: &str) -> Path {
+    Path::from(format!("snapshots/{id}.json"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -463,6 +537,38 @@ mod tests {
         assert_eq!(&target.get(&new).await.expect("kept")[..], b"only the new one has it");
         assert_eq!(target.head("1-a").await.map_err(|error| error.code), Err(ErrorCode::NotFound));
         assert_eq!(target.head("../x").await.map_err(|error| error.code), Err(ErrorCode::NotFound));
+    }
+
+    #[tokio::test]
+    async fn what_a_snapshot_names_is_kept_while_it_is_there() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let target = Target::open(dir.path().to_str().expect("text")).expect("opens");
+        let id = "20260101T000000Z-00000000";
+        let piece = publish(&target, "1-a", b"both have it").await;
+        let backup = target.head("1-a").await.expect("there");
+        let (head, _) = target.put(Bytes::from_static(b"its head")).await.expect("written");
+        let snapshot = Snapshot {
+            format: FORMAT,
+            id: id.into(),
+            collection: "c".into(),
+            created_at: 1,
+            bytes: 0,
+            checksum: String::new(),
+            head,
+            manifest: backup.manifest,
+        };
+        target.publish_snapshot(&snapshot).await.expect("written");
+        std::fs::write(dir.path().join("snapshots/c.snapshot"), b"downloaded").expect("writable");
+        target.forget("1-a").await.expect("forgotten");
+        let lock = target.lock("test").await.expect("free");
+        assert_eq!(target.sweep(&lock).await.expect("swept").0, 0);
+        target.get(&piece).await.expect("kept");
+        assert_eq!(target.snapshots().await.expect("listed"), [snapshot.clone()]);
+        assert_eq!(target.snapshot(&snapshot.name()).await.expect("found"), snapshot);
+        let other = target.snapshot(&format!("d-{id}.snapshot")).await;
+        assert_eq!(other.map_err(|error| error.code), Err(ErrorCode::NotFound));
+        target.forget_snapshot(id).await.expect("forgotten");
+        assert_eq!(target.sweep(&lock).await.expect("swept").0, 3, "the piece, the manifest and the head");
     }
 
     #[tokio::test]
