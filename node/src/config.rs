@@ -247,6 +247,8 @@ pub struct Limits {
     pub body_bytes: usize,
     /// The largest uploaded file in bytes.
     pub upload_bytes: usize,
+    /// The largest snapshot in bytes, uploaded or fetched.
+    pub snapshot_bytes: usize,
     /// Requests that are on the node at once, in work or in line; beyond them 429.
     pub concurrent_requests: usize,
     /// Requests in work at once; the others wait in line. By the cores that this process may use when zero.
@@ -366,6 +368,7 @@ impl Default for Limits {
         Limits {
             body_bytes: 32 << 20,
             upload_bytes: 256 << 20,
+            snapshot_bytes: 16 << 30,
             concurrent_requests: 1024,
             working_requests: 0,
             queue_milliseconds: 1000,

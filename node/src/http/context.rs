@@ -1,15 +1,16 @@
-//! What every request brings along besides its body, and how JSON bodies are read.
+//! What every request brings along besides its body, and how JSON bodies and forms are read.
 
 use std::time::{Duration, Instant};
 
 use axum::body::Bytes;
 use axum::extract::FromRequestParts;
+use axum::extract::multipart::MultipartError;
 use axum::http::request::Parts;
-use axum::http::{HeaderMap, HeaderName, HeaderValue};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use serde::de::DeserializeOwned;
 use shoal_actors::cluster::Staleness;
 use shoal_actors::{Consistency, ReadOptions};
-use shoal_proto::{Error, Position, RequestId};
+use shoal_proto::{Error, ErrorCode, Position, RequestId};
 use uuid::Uuid;
 
 use crate::app::App;
@@ -140,6 +141,14 @@ pub fn json<T: DeserializeOwned>(body: &Bytes) -> Result<T, Error> {
     })?;
     reader.end().map_err(|error| Error::invalid("body", error))?;
     Ok(value)
+}
+
+/// What is wrong with a form.
+pub fn bad_form(error: &MultipartError) -> Error {
+    match error.status() {
+        StatusCode::PAYLOAD_TOO_LARGE => Error::new(ErrorCode::TooLarge, error.body_text()),
+        _ => Error::invalid("form", error.body_text()),
+    }
 }
 
 /// The header that carries a position back to the client.

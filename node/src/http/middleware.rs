@@ -90,11 +90,15 @@ pub(super) async fn limit_concurrency(State(app): State<App>, request: Request, 
     })
 }
 
-/// Whether a request stands in line on a busy node. Operators do not, and neither do uploads: they
-/// take long by their nature, and mostly wait for their senders.
+/// Whether a request stands in line on a busy node. Operators do not, and neither do uploads and
+/// snapshots: they take long by their nature, and mostly wait for somebody else.
 fn must_queue(method: &Method, path: &str) -> bool {
     let is_upload = method == Method::POST && path == "/v1/files";
-    !is_upload && path != "/metrics" && !["/admin", "/health"].iter().any(|prefix| path.starts_with(prefix))
+    let is_snapshot = path.starts_with("/collections/") && path.split('/').nth(3) == Some("snapshots");
+    !is_upload
+        && !is_snapshot
+        && path != "/metrics"
+        && !["/admin", "/health"].iter().any(|prefix| path.starts_with(prefix))
 }
 
 /// Lets in who has the key. Keys are compared by their hashes in constant time.

@@ -45,6 +45,9 @@ use crate::app::App;
 /// The longest that any request may take, uploads included, in seconds.
 const MAX_REQUEST_SECONDS: u64 = 600;
 
+/// What a form may have besides the file in it, in bytes.
+const FORM_BYTES: usize = 1 << 20;
+
 /// The longest pause in the middle of a body: a client that sends nothing keeps nothing waiting.
 const MAX_BODY_PAUSE: Duration = Duration::from_secs(10);
 
@@ -52,8 +55,8 @@ const MAX_BODY_PAUSE: Duration = Duration::from_secs(10);
 pub fn router(app: App) -> Router {
     let limits = &app.config().limits;
     let routes = OpenApiRouter::with_openapi(openapi::base())
-        .merge(qdrant::routes())
-        .merge(openai::routes(limits.upload_bytes + (1 << 20)))
+        .merge(qdrant::routes(limits.snapshot_bytes.saturating_add(FORM_BYTES)))
+        .merge(openai::routes(limits.upload_bytes.saturating_add(FORM_BYTES)))
         .merge(admin::routes())
         .merge(operate::routes())
         .merge(backups::routes());

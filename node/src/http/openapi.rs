@@ -128,6 +128,20 @@ impl PartialSchema for UploadForm {
 
 impl ToSchema for UploadForm {}
 
+/// The form of a snapshot that is uploaded.
+pub(super) enum SnapshotForm {}
+
+impl PartialSchema for SnapshotForm {
+    fn schema() -> RefOr<Schema> {
+        let file = ObjectBuilder::new()
+            .schema_type(Type::String)
+            .format(Some(SchemaFormat::KnownFormat(KnownFormat::Binary)));
+        ObjectBuilder::new().property("snapshot", file).required("snapshot").into()
+    }
+}
+
+impl ToSchema for SnapshotForm {}
+
 /// Answers and refusals of the Qdrant surface.
 pub(super) enum QdrantAnswers {}
 

@@ -15,7 +15,7 @@ use shoal_raft::cluster;
 
 use super::page::{PageQuery, page};
 use crate::app::App;
-use crate::http::context::{Context, position_header};
+use crate::http::context::{Context, bad_form, position_header};
 use crate::http::error::OpenAiError;
 use crate::http::openapi::{OpenAiAnswers, UploadForm};
 use crate::http::points::{Found, ask_all};
@@ -182,13 +182,6 @@ async fn read_file(
     match upload.bytes() {
         0 => Err(Error::invalid("file", "is empty")),
         _ => Ok((upload, name)),
-    }
-}
-
-fn bad_form(error: &axum::extract::multipart::MultipartError) -> Error {
-    match error.status() {
-        axum::http::StatusCode::PAYLOAD_TOO_LARGE => Error::new(ErrorCode::TooLarge, error.body_text()),
-        _ => Error::invalid("form", error.body_text()),
     }
 }
 

@@ -141,7 +141,7 @@ pub(in crate::http) async fn create_and_wait(
     ask_all(cluster, &found, &Read::Stats, context).await.map(drop)
 }
 
-fn refuse_internal(name: &str) -> Result<(), Error> {
+pub(super) fn refuse_internal(name: &str) -> Result<(), Error> {
     match name.starts_with('_') {
         true => Err(Error::invalid("collection_name", "names that start with '_' are Shoal's own")),
         false => Ok(()),

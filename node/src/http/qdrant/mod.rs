@@ -4,16 +4,20 @@
 mod cluster;
 mod collections;
 pub(in crate::http) use collections::create_and_wait;
+mod location;
 mod points;
 mod query;
 mod shapes;
+mod snapshots;
 
-use utoipa_axum::router::OpenApiRouter;
+use axum::extract::DefaultBodyLimit;
+use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouterExt};
 
 use crate::app::App;
 
-/// The routes.
-pub fn routes() -> OpenApiRouter<App> {
+/// The routes. Uploads have a limit of their own.
+pub fn routes(upload_bytes: usize) -> OpenApiRouter<App> {
+    let uploads = described!(snapshots::upload, snapshots::upload_by_put);
     OpenApiRouter::new()
         .routes(described!(cluster::status))
         .routes(described!(cluster::collection))
@@ -37,4 +41,8 @@ pub fn routes() -> OpenApiRouter<App> {
         .routes(described!(query::search_batch))
         .routes(described!(query::query))
         .routes(described!(query::query_batch))
+        .routes(described!(snapshots::list, snapshots::create))
+        .routes(described!(snapshots::recover))
+        .routes(uploads.layer(DefaultBodyLimit::max(upload_bytes)))
+        .routes(described!(snapshots::download, snapshots::delete))
 }
