@@ -643,6 +643,40 @@ def test_aliases(report, client, collections):
     report.refused("a removed alias names nothing", [404], lambda: client.count(renamed))
 
 
+def test_snapshots(report, client, collections):
+    name = collections.cities("kept")
+    report.equal("there are no snapshots at first", client.list_snapshots(name), [])
+    made = client.create_snapshot(name)
+    report.check("a snapshot is described", made.name and made.size > 0 and len(made.checksum) == 64, repr(made))
+    report.equal("it is listed", client.list_snapshots(name), [made])
+    client.delete(name, [1, 2])
+    client.upsert(name, [models.PointStruct(id=77, vector=[1.0, 0.0, 0.0, 0.0])])
+    snapshot = models.SnapshotPriority.SNAPSHOT
+    done = client.recover_snapshot(name, made.name, checksum=made.checksum, priority=snapshot)
+    report.equal("recover_snapshot answers true", done, True)
+    report.equal("what was there is back", ids(client.scroll(name)[0]), ALL_IDS)
+    other = collections.name("copy")
+    client.recover_snapshot(other, made.name)
+    report.equal("it becomes a collection of another name", client.count(other).count, len(CITIES))
+    hits = client.query_points(other, query=[1.0, 0.0, 0.0, 0.0], limit=1).points
+    report.equal("which is searched", ids(hits), [1])
+    replica = models.SnapshotPriority.REPLICA
+    report.refused(
+        "preferring what is there",
+        [400],
+        lambda: client.recover_snapshot(name, made.name, priority=replica),
+    )
+    report.refused("another checksum", [400], lambda: client.recover_snapshot(name, made.name, checksum="0" * 64))
+    report.refused("a location of no kind", [400], lambda: client.recover_snapshot(name, "ftp://here/it"))
+    report.refused("an unknown snapshot", [404], lambda: client.recover_snapshot(name, "unknown.snapshot"))
+    report.refused("a snapshot of nothing", [404], lambda: client.create_snapshot(collections.name("nothing")))
+    report.equal("delete_snapshot answers true", client.delete_snapshot(name, made.name), True)
+    report.equal("it is not listed any more", client.list_snapshots(name), [])
+    report.refused("deleting it again", [404], lambda: client.delete_snapshot(name, made.name))
+    client.create_snapshot(name, wait=False)
+    report.check("one is made without waiting", is_eventually(lambda: len(client.list_snapshots(name)) == 1))
+
+
 def test_many_points(report, client, collections):
     """Enough points that they are searched through a graph, compared with an exact search here."""
     random = np.random.default_rng(7)
@@ -707,6 +741,7 @@ TESTS = [
     test_payload_changes,
     test_delete,
     test_aliases,
+    test_snapshots,
     test_many_points,
 ]
 

@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use shoal_tests::python::{environment, output, scripts};
 use shoal_tests::{Cluster, KEY, Request, models, say, skip};
 
@@ -36,7 +36,9 @@ async fn run(name: &str, script: &str) -> Result<()> {
             return Ok(());
         }
     };
-    let cluster = Cluster::of(1).start().await?;
+    let snapshots = tempfile::tempdir()?;
+    let target = snapshots.path().to_str().context("text")?;
+    let cluster = Cluster::of(1).env("SHOAL_BACKUP_TARGET", target).start().await?;
     let address = format!("http://{}", cluster.node(0).http_address());
     let arguments = [script_file.into_os_string(), address.into(), KEY.into()];
     let output = output(&python, arguments, SCRIPT_TIMEOUT).await?;
