@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use axum::Json;
 use axum::body::{Body, Bytes};
+use axum::extract::multipart::Field;
 use axum::extract::{Multipart, Path, Query, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -28,6 +29,8 @@ use crate::http::points::Found;
 
 /// The most fields of a form.
 const MAX_FIELDS: usize = 16;
+/// Bytes of a refused upload that are read and thrown away.
+const DRAINED_BYTES: usize = 16 << 20;
 /// What a snapshot consists of besides files has objects of at most this, in bytes: a manifest of some terabytes.
 const LEAST_OBJECT_BYTES: u64 = 256 << 20;
 
@@ -256,12 +259,25 @@ async fn read_form(
             other => return Err(Error::invalid(other, "unknown field; expected snapshot")),
         }
         while let Some(piece) = field.chunk().await.map_err(|error| bad_form(&error))? {
-            receipt.write(piece).await?;
+            if let Err(refused) = receipt.write(piece).await {
+                drain(field).await;
+                return Err(refused);
+            }
         }
     }
     match has_come {
         true => receipt.finish(checksum).await,
         false => Err(Error::invalid("snapshot", "is missing")),
+    }
+}
+
+/// Reads on for a while: whoever still sends when the connection is closed may not see why.
+async fn drain(mut field: Field<'_>) {
+    let mut left = DRAINED_BYTES;
+    while left > 0
+        && let Ok(Some(piece)) = field.chunk().await
+    {
+        left = left.saturating_sub(piece.len());
     }
 }
 
