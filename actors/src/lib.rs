@@ -22,7 +22,7 @@
 //! | [`blobs`] | original bytes, content-addressed and replicated beside the log |
 //! | [`parse`], [`embed`], [`work`] | files to text, text to vectors, here or on an idle node |
 //! | [`placement`] | who holds what: planned, carried out, ordered by hand |
-//! | [`backup`] | everything to a directory or to S3, and back |
+//! | [`backup`] | everything to a directory or to S3, and back; collections as single files |
 //! | [`routing`] | writes and reads that follow the shard map |
 //! | [`reshard`] | splitting and merging shards while they are used |
 //! | [`levels`] | nodes of different builds in one cluster, and what waits until they are the same |
@@ -32,6 +32,13 @@
 //! **2026-11, one Ingests actor a node.** The design names one ingest actor per led shard. The
 //! work itself is one task per document, bounded per node; a second level of actors would only
 //! have held a timer each. One actor looks at all led shards.
+//!
+//! **2026-11, snapshots of collections are backups.** Qdrant's API wants one file a snapshot. It is packed from
+//! the target's objects whenever it is downloaded, instead of being kept as a file: so snapshots share what
+//! they have in common with backups and with each other, need no room on the node that makes them, and what a
+//! crash leaves is swept as with backups. The cost is a second reading when one is made, for its checksum,
+//! and an archive whose bytes may never change for the same objects. Without a target there are none: one
+//! node alone could keep them in its data directory, but the next node that joins would list others.
 
 pub mod backup;
 pub mod blobs;
