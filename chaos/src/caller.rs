@@ -24,6 +24,8 @@ const NODE_TIMEOUT_SECONDS: u64 = 2;
 const AVOID: Duration = Duration::from_secs(3);
 /// How often a client with retries tries.
 const MAX_ATTEMPTS: u32 = 20;
+/// The status of what is refused before any shard has heard of it.
+const BAD_REQUEST: u16 = 400;
 /// Points in one page of a listing.
 const PAGE: usize = 1000;
 
@@ -301,7 +303,11 @@ fn classify_status(status: u16) -> Outcome {
 }
 
 fn conclude(call: &Call, reply: &Reply) -> Ending {
-    let outcome = classify_status(reply.status);
+    let outcome = match (call, classify_status(reply.status)) {
+        // One shard may have refused what another one has done.
+        (Call::Batch { .. }, Outcome::Fail) if reply.status != BAD_REQUEST => Outcome::Unknown,
+        (_, outcome) => outcome,
+    };
     if outcome != Outcome::Ok {
         return of_read(call, ending(outcome, Some(reply.status), &reply.text()));
     }

@@ -7,11 +7,14 @@
 //! | visibility | writes, replaces, deletes, and looks for the same thing by every way on every node |
 //! | session | writes, and reads on another node each time, sending its position along |
 //! | retries | like register, each write repeated under one idempotency key until it is known |
-//! | mixed | each client one of register, set, visibility, session and retries, over points that it uses again |
 //! | batch | writes five points at once to a collection of one shard |
+//! | mixed | each client one of these, over points that it uses again; batches are repeated as in retries |
 //!
 //! The registers have no compare-and-set, which others put to such a test, because the product has
 //! none: a point is written, deleted and read. A delete is a write of absence.
+//!
+//! A batch is atomic in its shard. The mix has several shards, so there its parts are judged one by one: what
+//! was acknowledged must be there, all of it.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -33,9 +36,15 @@ const KEY_LIFE: Duration = Duration::from_secs(10);
 /// How far apart the points of two clients are.
 const STRIDE: u64 = 1_000_000;
 /// What the clients of a mix do, in turn.
-const MIX: [Workload; 5] =
-    [Workload::Register, Workload::Set, Workload::Visibility, Workload::Session, Workload::Retries];
-/// Points that a client of a mix uses, so that what is stored stops growing.
+const MIX: [Workload; 6] = [
+    Workload::Register,
+    Workload::Set,
+    Workload::Visibility,
+    Workload::Session,
+    Workload::Retries,
+    Workload::Batch,
+];
+/// Points that a client of a mix uses, so that what is stored stops growing: whole batches of them.
 const MIXED_KEYS: u64 = 500;
 /// Points in one batch.
 const BATCH: u64 = 5;
@@ -56,7 +65,7 @@ pub enum Workload {
     Retries,
     /// Several points at once.
     Batch,
-    /// All of these but batches, each by some clients.
+    /// All of these, each by some clients.
     Mixed,
 }
 
@@ -84,11 +93,12 @@ struct Shared {
 
 /// Runs one client until it is told to stop.
 async fn client(workload: Workload, number: u64, mut caller: Caller, shared: Arc<Shared>) {
-    let (workload, most) = match workload {
-        Workload::Mixed => (MIX[number as usize % MIX.len()], MIXED_KEYS),
-        single => (single, u64::MAX),
+    let is_mixed = workload == Workload::Mixed;
+    let (workload, most) = match is_mixed {
+        true => (MIX[number as usize % MIX.len()], MIXED_KEYS),
+        false => (workload, u64::MAX),
     };
-    if workload == Workload::Retries {
+    if workload == Workload::Retries || (is_mixed && workload == Workload::Batch) {
         caller = caller.with_retries();
     }
     // Every other client stays with one node, so that each node has some of its own.

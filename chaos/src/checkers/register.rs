@@ -13,6 +13,7 @@
 //! or an older one again.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::slice::from_ref;
 
 use super::order::{self, Known};
 use super::{Verdict, describe};
@@ -35,20 +36,26 @@ pub fn search(operations: &[Operation], budget: u64) -> Verdict {
     let mut numbers: HashMap<&str, u32> = HashMap::new();
     for operation in operations {
         let fresh = numbers.len() as u32 + 1;
-        let (key, step) = match (&operation.call, &operation.answer) {
+        let (of, step) = match (&operation.call, &operation.answer) {
             (Call::Write { key, uid }, _) if operation.may_have_happened() => {
-                (key, Step::Write(*numbers.entry(uid).or_insert(fresh)))
+                (from_ref(key), Step::Write(*numbers.entry(uid).or_insert(fresh)))
             }
-            (Call::Delete { key }, _) if operation.may_have_happened() => (key, Step::Write(0)),
+            // Of each point by itself: that they change together is another promise.
+            (Call::Batch { keys, uid }, _) if operation.may_have_happened() => {
+                (keys.as_slice(), Step::Write(*numbers.entry(uid).or_insert(fresh)))
+            }
+            (Call::Delete { key }, _) if operation.may_have_happened() => (from_ref(key), Step::Write(0)),
             (Call::Read { key, level: Level::Linearizable }, Some(Answer::Value { uid, .. }))
                 if operation.is_ok() =>
             {
                 let value = uid.as_deref().map_or(0, |uid| *numbers.entry(uid).or_insert(fresh));
-                (key, Step::Read(value))
+                (from_ref(key), Step::Read(value))
             }
             _ => continue,
         };
-        keys.entry(*key).or_default().push((operation, step));
+        for key in of {
+            keys.entry(*key).or_default().push((operation, step));
+        }
     }
     let mut left = budget;
     verdict.figure("keys", keys.len() as f64);
@@ -340,7 +347,7 @@ fn history_of<'a>(
 #[cfg(test)]
 mod tests {
     use super::super::Judgement;
-    use super::super::testing::{at, by, delete, failed, read, write};
+    use super::super::testing::{at, by, delete, failed, operation, read, write};
     use super::*;
 
     fn both(operations: &[Operation]) -> (Judgement, Judgement) {
@@ -471,6 +478,19 @@ mod tests {
             by(at(read(1, "a", 5, 6), 6), 3),
         ];
         assert_eq!(versions(&back).figures["inversion"], 1.0);
+    }
+
+    #[test]
+    fn a_batch_writes_each_of_its_keys() {
+        let batch = |ended| {
+            operation(Call::Batch { keys: vec![1, 2], uid: "a".into() }, 1, ended, Some(Answer::Done))
+        };
+        let good = [batch(2), read(1, "a", 3, 4), read(2, "a", 5, 6)];
+        assert_eq!(both(&good), (Judgement::Valid, Judgement::Valid));
+        assert_eq!(search(&[batch(2), read(2, "", 3, 4)], BUDGET).judgement, Judgement::Invalid);
+        // Of unknown outcome: one shard may have taken it and another one not.
+        let half = [batch(0), read(1, "a", 3, 4), read(2, "", 5, 6)];
+        assert_eq!(both(&half), (Judgement::Valid, Judgement::Valid));
     }
 
     #[test]
