@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 use serde_json::json;
 use shoal_tests::settled::{check_converged, check_settled};
@@ -25,6 +25,10 @@ use crate::workloads::Crowd;
 pub const COLLECTION: &str = "chaos";
 /// Numbers in the vector of a point.
 pub const DIMENSIONS: usize = 32;
+
+/// How long it may take until some node leads, and the pause between two looks.
+const LEADER_LIMIT: Duration = Duration::from_secs(10);
+const LEADER_PAUSE: Duration = Duration::from_millis(100);
 
 /// What a node's data is on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -224,17 +228,30 @@ impl Cluster {
     /// # Errors
     /// When nobody leads any.
     pub async fn leader(&self) -> Result<usize> {
-        let deadline = Instant::now() + Duration::from_secs(10);
+        self.leader_of_most(|group| group != 0).await.context("nobody leads any shard")
+    }
+
+    /// The node that leads the control group: whatever takes long is driven there.
+    ///
+    /// # Errors
+    /// When nobody leads it.
+    pub async fn control_leader(&self) -> Result<usize> {
+        self.leader_of_most(|group| group == 0).await.context("nobody leads the control group")
+    }
+
+    /// The node that leads most groups of some; none when nobody does for a while.
+    async fn leader_of_most(&self, is_wanted: impl Fn(u64) -> bool) -> Option<usize> {
+        let deadline = Instant::now() + LEADER_LIMIT;
         loop {
             let views = self.views().await;
             let led = |view: &View| {
-                view.groups.iter().filter(|group| group.group != 0 && group.is_leader()).count()
+                view.groups.iter().filter(|group| is_wanted(group.group) && group.is_leader()).count()
             };
             let best = views.iter().max_by_key(|(_, view)| led(view)).filter(|(_, view)| led(view) > 0);
             match best {
-                Some((at, _)) => return Ok(*at),
-                None if Instant::now() > deadline => bail!("nobody leads any shard"),
-                None => tokio::time::sleep(Duration::from_millis(100)).await,
+                Some((at, _)) => return Some(*at),
+                None if Instant::now() > deadline => return None,
+                None => tokio::time::sleep(LEADER_PAUSE).await,
             }
         }
     }

@@ -18,6 +18,7 @@ use crate::caller::Caller;
 use crate::checkers::{self, Judgement, Verdict};
 use crate::cluster::{Cluster, Kit};
 use crate::faults::clock::seconds_since_1970;
+use crate::faults::reshard::Resharding;
 use crate::faults::upgrade::Upgrade;
 use crate::faults::{self, Fault, Need};
 use crate::history::{Call, Header, History, Level, Phase, Recorder, Sample};
@@ -100,7 +101,11 @@ pub async fn run(
 
     tokio::time::sleep(Duration::from_secs(size.calm)).await;
     recorder.sync()?;
+    let resharding = size.reshards.then(|| Resharding::start(&cluster.clients(), &recorder, seed));
     strike(scenario, size, seed, &mut cluster, &recorder).await?;
+    if let Some(resharding) = resharding {
+        resharding.finish().await;
+    }
     tokio::time::sleep(Duration::from_secs(size.tail)).await;
     recorder.sync()?;
     let patience = Duration::from_secs(size.patience);

@@ -8,8 +8,12 @@ use serde::Deserialize;
 
 use crate::checkers;
 use crate::cluster::DiskKind;
-use crate::faults::{Fault, Need};
+use crate::faults::{Fault, Need, reshard};
 use crate::workloads::Workload;
+
+/// Checkers that take the index of a point, or the shard of several, for something that stays. A shard that
+/// is split or merged gives its points other indexes, and a batch may come to lie in two of them.
+const BY_SHARD: [&str; 2] = ["register-versions", "batch"];
 
 /// A scenario file.
 #[derive(Clone, Debug, Deserialize)]
@@ -89,6 +93,10 @@ pub struct Size {
     /// How often each fault must have struck.
     #[serde(default)]
     pub each: u64,
+    /// Whether shards are split and merged all the time while faults strike. Then at least one split and
+    /// one merge must have been completed.
+    #[serde(default)]
+    pub reshards: bool,
     /// Seconds of work after the last fault: what grows slowly shows only in processes that live long.
     #[serde(default)]
     pub tail: u64,
@@ -143,6 +151,9 @@ impl Scenario {
             let fits = disk == DiskKind::Plain || disk == scenario.disk;
             ensure!(fits, "scenario {name}: {} needs the disk {disk:?}", fault.name());
         }
+        if scenario.ci.reshards || scenario.nightly.reshards {
+            scenario.check_resharding()?;
+        }
         Ok(scenario)
     }
 
@@ -172,15 +183,33 @@ impl Scenario {
         Ok(by_row(scenarios))
     }
 
+    /// What does not go with shards that change.
+    fn check_resharding(&self) -> Result<()> {
+        let name = &self.name;
+        for checker in &self.checkers {
+            ensure!(
+                !BY_SHARD.contains(&checker.as_str()),
+                "scenario {name}: {checker} judges shards that stay as they are"
+            );
+        }
+        let unfit = self.faults.iter().find(|fault| fault.takes_a_replica());
+        let fault = unfit.map(|fault| fault.name()).unwrap_or_default();
+        ensure!(unfit.is_none(), "scenario {name}: {fault} waits until nothing changes any more");
+        Ok(())
+    }
+
     /// Whether one of its faults needs that.
     pub fn needs(&self, need: Need) -> bool {
         self.faults.iter().any(|fault| fault.need() == need)
     }
 
-    /// Figures of coverage, and the least that they must be: each fault struck so often.
+    /// Figures of coverage, and the least that they must be: each fault struck so often, and shards were
+    /// split and merged, where they are.
     pub fn required(&self, size: &Size) -> BTreeMap<String, u64> {
         let struck = self.faults.iter().map(|fault| (format!("fault_{}", fault.name()), size.each));
-        struck.chain(self.must_see.clone()).collect()
+        let changes: &[&str] = if size.reshards { &[reshard::SPLIT, reshard::MERGED] } else { &[] };
+        let changed = changes.iter().map(|change| (format!("fault_{change}"), 1));
+        struck.chain(changed).chain(self.must_see.clone()).collect()
     }
 }
 
@@ -208,6 +237,7 @@ const SHIPPED: &[(&str, &str)] = shipped!(
     "overload"
     "power-cut"
     "rejoin"
+    "resharding"
     "retries"
     "rolling-restart"
     "scaling"
@@ -244,5 +274,20 @@ mod tests {
             assert!(ci.seconds <= nightly.seconds, "{}: the night is shorter than CI", scenario.name);
             assert!(scenario.faults.is_empty() || ci.each > 0, "{}: no fault has to strike", scenario.name);
         }
+    }
+
+    #[test]
+    fn shards_that_change_must_have_changed() {
+        let shipped = Scenario::shipped().expect("all are right");
+        let scenario = shipped.iter().find(|known| known.name == "resharding").expect("it ships");
+        let required = scenario.required(&scenario.ci);
+        assert_eq!((required["fault_shard-split"], required["fault_shards-merged"]), (1, 1));
+        let text = include_str!("../scenarios/resharding.toml");
+        let by_index = text.replace("\"set\"", "\"register-versions\"");
+        let refused = Scenario::parse("x", &by_index).expect_err("an index does not stay").to_string();
+        assert!(refused.contains("register-versions"), "{refused}");
+        let waits = text.replace("\"kill-all\"", "\"wipe-one\"");
+        let refused = Scenario::parse("x", &waits).expect_err("it is never settled").to_string();
+        assert!(refused.contains("wipe-one"), "{refused}");
     }
 }

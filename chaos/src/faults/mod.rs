@@ -8,6 +8,7 @@ pub mod crash;
 pub mod limits;
 pub mod net;
 pub mod partition;
+pub mod reshard;
 pub mod upgrade;
 
 use std::collections::BTreeSet;
@@ -54,6 +55,8 @@ const LEFT_FREE: u64 = 4 << 20;
 pub enum Fault {
     /// SIGKILL to the node that leads most shards.
     KillLeader,
+    /// SIGKILL to the node that leads the control group, and so drives whatever takes long.
+    KillControlLeader,
     /// SIGKILL to a random minority.
     KillMinority,
     /// SIGKILL to every node at once.
@@ -176,8 +179,8 @@ impl Fault {
     pub fn need(self) -> Need {
         use Fault::*;
         match self {
-            KillLeader | KillMinority | KillAll | PauseLeader | RollingRestart | BitFlip | DrainOne
-            | WipeOne | ScaleIn | ScaleInWiped => Need::Nothing,
+            KillLeader | KillControlLeader | KillMinority | KillAll | PauseLeader | RollingRestart
+            | BitFlip | DrainOne | WipeOne | ScaleIn | ScaleInWiped => Need::Nothing,
             LeaderInMinority | LeaderInMajority | IsolateFollower | LeaderIsDeaf | LeaderIsMute | Bridge
             | MajorityRing | AnswersLost | PacketLoss => Need::Net,
             SlowCables | BadCables => Need::Cables,
@@ -198,6 +201,7 @@ impl Fault {
         matches!(
             self,
             KillLeader
+                | KillControlLeader
                 | KillMinority
                 | KillAll
                 | RollingRestart
@@ -240,6 +244,7 @@ impl Fault {
         let all: Vec<usize> = (0..count).collect();
         let detail = match self {
             Fault::KillLeader => kill(cluster, &[cluster.leader().await?])?,
+            Fault::KillControlLeader => kill(cluster, &[cluster.control_leader().await?])?,
             Fault::KillMinority => {
                 let first = coin.random_range(0..count);
                 let victims: Vec<usize> = (0..(count - 1) / 2).map(|step| (first + step) % count).collect();
