@@ -88,6 +88,7 @@ pub async fn run(
         longest_gap_ms: scenario.longest_gap_ms,
         most_elections: scenario.most_elections,
         most_growth_percent_per_hour: size.most_growth_percent_per_hour,
+        usage_window_seconds: size.usage_window,
         ..Header::default()
     };
     let file = dir.join("history.jsonl.zst");

@@ -100,8 +100,11 @@ pub struct Size {
     /// Seconds of work after the last fault: what grows slowly shows only in processes that live long.
     #[serde(default)]
     pub tail: u64,
-    /// How much a node's memory may grow in an hour, in percent; only long runs can tell.
+    /// How much a node's memory may grow in an hour, in percent; only long runs can tell. Then every node
+    /// must have had a process that ran for the window.
     pub most_growth_percent_per_hour: Option<f64>,
+    /// Seconds that a node's process must have run for its memory and files to be judged; 1200 when absent.
+    pub usage_window: Option<u64>,
     /// The least number of operations that must have succeeded.
     #[serde(default = "least_ok")]
     pub least_ok: u64,
@@ -233,6 +236,7 @@ const SHIPPED: &[(&str, &str)] = shipped!(
     "kill-all"
     "kill-leader"
     "kill-minority"
+    "leaks"
     "one-way"
     "overload"
     "power-cut"
@@ -259,6 +263,7 @@ fn by_row(mut scenarios: Vec<Scenario>) -> Vec<Scenario> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::checkers::usage::WINDOW_SECONDS;
 
     #[test]
     fn every_scenario_that_ships_can_be_read() {
@@ -273,6 +278,24 @@ mod tests {
             let (ci, nightly) = (&scenario.ci, &scenario.nightly);
             assert!(ci.seconds <= nightly.seconds, "{}: the night is shorter than CI", scenario.name);
             assert!(scenario.faults.is_empty() || ci.each > 0, "{}: no fault has to strike", scenario.name);
+        }
+    }
+
+    #[test]
+    fn whoever_looks_for_leaks_lets_processes_live() {
+        for scenario in Scenario::shipped().expect("all are right") {
+            for size in [&scenario.ci, &scenario.nightly] {
+                if size.most_growth_percent_per_hour.is_none() {
+                    continue;
+                }
+                let lives = match scenario.faults.iter().any(|fault| fault.ends_processes()) {
+                    true => size.tail,
+                    false => size.calm + size.seconds + size.tail,
+                };
+                let window = size.usage_window.unwrap_or(WINDOW_SECONDS);
+                assert!(lives > window, "{}: no process lives for {window} s", scenario.name);
+                assert!(scenario.checkers.iter().any(|checker| checker == "usage"), "{}", scenario.name);
+            }
         }
     }
 

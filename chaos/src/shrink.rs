@@ -111,6 +111,7 @@ pub fn shrink(
         least_ok: 0,
         longest_gap_ms: None,
         most_growth_percent_per_hour: None,
+        usage_window_seconds: None,
         ..history.header.clone()
     };
     let mut trials = Trials { checker, header, budget, elapsed, used: 0 };

@@ -2,9 +2,10 @@
 //!
 //! A process that is started again begins with little and fills up, so each start of a node is a
 //! run of its own. A node is judged by its last run that was long enough to tell: by the slope of
-//! its memory, and by its open files. A node without such a run is not judged, and where nobody has
-//! one but the scenario sets a limit, the checker cannot tell. Older histories do not say which run a
-//! measurement is of; in those a node has one run.
+//! its memory, and by its open files. How long that is the scenario says, as a window. Where it sets a
+//! limit, every node must be judged: one that lived for less than the window leaves the checker unable
+//! to tell, whatever the others did. Older histories do not say which run a measurement is of; in those
+//! a node has one run.
 
 use std::collections::BTreeMap;
 
@@ -13,9 +14,9 @@ use crate::history::{History, Usage};
 
 /// The part of a run that is left out at its beginning: caches fill up first.
 const WARM_UP: f64 = 0.25;
-/// Seconds that a run must have lasted: over less, what the allocator keeps hides a slope of percents
-/// an hour.
-const LONG_ENOUGH_SECONDS: f64 = 1200.0;
+/// Seconds that a run must have lasted where the scenario does not say it: over less, what the allocator
+/// keeps hides a slope of percents an hour.
+pub const WINDOW_SECONDS: u64 = 1200;
 /// How many more files than at first a process may hold in the end.
 const MORE_FILES: f64 = 16.0;
 
@@ -24,18 +25,29 @@ const MORE_FILES: f64 = 16.0;
 pub fn check(history: &History) -> Verdict {
     let mut verdict = Verdict::new("usage");
     let limit = history.header.most_growth_percent_per_hour;
+    let window_seconds = history.header.usage_window_seconds.unwrap_or(WINDOW_SECONDS);
     let mut nodes: BTreeMap<usize, BTreeMap<u64, Vec<Usage>>> = BTreeMap::new();
     for usage in history.usage() {
         nodes.entry(usage.node).or_default().entry(usage.run).or_default().push(usage);
         raise(&mut verdict, "most_memory_mib", usage.rss_bytes as f64 / f64::from(1 << 20));
+    }
+    // A node that nobody could measure is one of them.
+    for node in 0..history.header.nodes {
+        nodes.entry(node).or_default();
     }
     let mut judged = 0u64;
     for (node, runs) in &nodes {
         for run in runs.values() {
             raise(&mut verdict, "longest_run_seconds", seconds_of(run).round());
         }
-        let is_long = |run: &&Vec<Usage>| seconds_of(run) >= LONG_ENOUGH_SECONDS;
-        let Some(run) = runs.values().rev().find(is_long) else { continue };
+        let is_long = |run: &&Vec<Usage>| seconds_of(run) >= window_seconds as f64;
+        let Some(run) = runs.values().rev().find(is_long) else {
+            if limit.is_some() {
+                let n = node + 1;
+                verdict.cannot_tell(format!("n{n}: no process ran for the {window_seconds} s that it takes"));
+            }
+            continue;
+        };
         judged += 1;
         let run = &run[(run.len() as f64 * WARM_UP) as usize..];
         let percent = growth_percent_per_hour(run);
@@ -55,7 +67,7 @@ pub fn check(history: &History) -> Verdict {
     }
     verdict.figure("nodes_judged", judged as f64);
     if judged == 0 && limit.is_some() {
-        verdict.cannot_tell(format!("no process ran for the {LONG_ENOUGH_SECONDS} s that it takes to tell"));
+        verdict.cannot_tell("no node was judged".to_owned());
     }
     verdict
 }
@@ -158,10 +170,27 @@ mod tests {
         let every_minute: Vec<u64> = (1..120).collect();
         let verdict = restarted(history(|_| 500_000_000, |_| 100), &every_minute);
         assert_eq!((verdict.judgement, verdict.figures["nodes_judged"]), (Judgement::Unknown, 0.0));
+        // One that was, and another that nobody has measured.
+        let mut half = history(|_| 500_000_000, |_| 100);
+        half.header.nodes = 2;
+        let verdict = check(&half);
+        assert_eq!((verdict.judgement, verdict.figures["nodes_judged"]), (Judgement::Unknown, 1.0));
+        assert!(verdict.findings[0].starts_with("n2"), "{:?}", verdict.findings);
         let mut unlimited = history(|_| 500_000_000, |_| 100);
         unlimited.header.most_growth_percent_per_hour = None;
         let verdict = restarted(unlimited, &every_minute);
         assert_eq!((verdict.judgement, verdict.figures["nodes_judged"]), (Judgement::Valid, 0.0));
+    }
+
+    #[test]
+    fn the_scenario_says_how_long_a_process_must_have_run() {
+        let leak = |minute: u64| 500_000_000 + 200_000 * (minute % 60);
+        // Runs of an hour less a minute.
+        let mut halves = history(leak, |_| 100);
+        halves.header.usage_window_seconds = Some(3600);
+        assert_eq!(restarted(halves.clone(), &[60]).judgement, Judgement::Unknown);
+        halves.header.usage_window_seconds = Some(3000);
+        assert_eq!(restarted(halves, &[60]).judgement, Judgement::Invalid);
     }
 
     #[test]
