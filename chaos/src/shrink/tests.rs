@@ -2,7 +2,7 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
 use super::*;
-use crate::checkers::testing::{delete, find, list, operation, read, write};
+use crate::checkers::testing::{at, by, delete, find, list, operation, read, write};
 use crate::history::{Answer, Call, Level, Outcome, Sample, Way};
 
 /// The history of these operations, for one checker.
@@ -157,6 +157,23 @@ fn batches_that_share_a_key_stay_together() {
 }
 
 #[test]
+fn an_inversion_of_versions_stays_with_its_writes() {
+    // The writes overlap, so that only the indexes tell which one was the later.
+    let inversion = [
+        at(write(1, "a", 1, 9), 6),
+        by(at(write(1, "b", 2, 8), 7), 2),
+        by(at(read(1, "b", 3, 4), 7), 3),
+        by(at(read(1, "a", 5, 6), 6), 3),
+    ];
+    let mut operations = inversion.to_vec();
+    operations.extend((0..200).flat_map(|n| {
+        let (key, uid, from) = (100 + n % 20, format!("w{n}"), 10 + 4 * n);
+        [at(write(key, &uid, from, from + 1), 10 + n), at(read(key, &uid, from + 2, from + 3), 10 + n)]
+    }));
+    assert_eq!(left("register-versions", &operations), inversion);
+}
+
+#[test]
 fn samples_are_left_out_as_long_as_the_same_is_found() {
     let sample = |node, term, applied| Sample {
         node,
@@ -248,20 +265,35 @@ fn random_call(coin: &mut StdRng, number: usize) -> Call {
 fn random_answer(coin: &mut StdRng, call: &Call, number: usize) -> Answer {
     let mut value = || match coin.random_range(0..3) {
         0 => None,
-        _ => Some(format!("u{}", coin.random_range(0..=number))),
+        _ => Some(coin.random_range(0..=number)),
     };
     match call {
         Call::List { .. } => {
-            let points = (0..3).filter_map(|key| Some((key, value()?))).collect();
+            let points = (0..3).filter_map(|key| Some((key, format!("u{}", value()?)))).collect();
             Answer::Listing { points }
         }
-        Call::Read { .. } | Call::Find { .. } => Answer::Value { uid: value(), version: None },
+        Call::Read { .. } | Call::Find { .. } => {
+            let value = value();
+            let version = value.and_then(|value| random_version(coin, value));
+            Answer::Value { uid: value.map(|value| format!("u{value}")), version }
+        }
         Call::Write { .. } | Call::Delete { .. } | Call::Batch { .. } => Answer::Done,
+    }
+}
+
+/// The index that a reader is told of a value: mostly always the same one, so that some histories are good;
+/// sometimes another or none.
+fn random_version(coin: &mut StdRng, value: usize) -> Option<u64> {
+    match coin.random_range(0..8) {
+        0 => None,
+        1 => Some(coin.random_range(1..9)),
+        _ => Some(1 + value as u64),
     }
 }
 
 #[test]
 fn less_of_a_history_is_never_worse_than_more_of_it() {
+    let mut by_versions = 0;
     for seed in 0..5_000 {
         let mut coin = StdRng::seed_from_u64(seed);
         let parts = Parts::of(random_operations(&mut coin));
@@ -282,5 +314,8 @@ fn less_of_a_history_is_never_worse_than_more_of_it() {
             let is_created = is_invalid(checker, &less) && !is_invalid(checker, &more);
             assert!(!is_created, "seed {seed}: {checker} accepts {more:?} and refuses {less:?}");
         }
+        by_versions +=
+            usize::from(is_invalid("register-versions", &less) && !is_invalid("register-search", &less));
     }
+    assert!(by_versions > 0, "no version was ever what is wrong");
 }
