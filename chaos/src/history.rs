@@ -3,9 +3,9 @@
 //! One process writes it, against one monotonic clock. An event is written *before* a request
 //! leaves and *after* its whole answer has arrived, so the order of events is an order that an
 //! outside observer could have seen. The file is JSON lines under zstd: a header, then events. It is
-//! made durable at the end of each phase of a run ([`Recorder::sync`]), so that what a phase has
-//! recorded is not lost when the machine goes down in the next one. Such a file has no end and is
-//! not judged, but `zstd -dc` shows what it holds.
+//! made durable at the end of each phase of a run, and after each fault has struck and was healed
+//! ([`Recorder::sync`]), so that what was recorded by then is not lost when the machine goes down
+//! afterwards. Such a file has no end and is not judged, but `zstd -dc` shows what it holds.
 //!
 //! An operation ends in one of three ways (Jepsen's classification):
 //!
@@ -550,7 +550,7 @@ impl Recorder {
         self.write(|seq, ns| Event::Usage { seq, ns, node, run, rss_bytes, files });
     }
 
-    /// Makes what was recorded so far durable: called at the end of a phase.
+    /// Makes what was recorded so far durable: called at the end of a phase, and at both ends of a fault.
     ///
     /// # Errors
     /// When it cannot be written.

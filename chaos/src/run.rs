@@ -228,6 +228,8 @@ async fn strike(
             }
             Err(error) => recorder.fault("cannot_inject", Phase::Wrong, &format!("{name}: {error:#}")),
         }
+        // A fault may take this machine down with it: what led to it is to be known.
+        recorder.sync()?;
         tokio::time::sleep(between(size.hold, &mut coin)).await;
         if !fault.ends_processes() {
             for crash in cluster.crashed()? {
@@ -239,6 +241,7 @@ async fn strike(
         for (what, count) in suffered.into_iter().flatten().filter(|(_, count)| *count > 0) {
             recorder.fault(what, Phase::Moment, &format!("{count} during {name}"));
         }
+        recorder.sync()?;
         tokio::time::sleep(between(size.pause, &mut coin)).await;
     }
     Ok(())
