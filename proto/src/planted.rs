@@ -79,11 +79,21 @@ pub const CRASH_POINTS: [(&str, f32); 16] = [
     ("rejoin-saved", 100.0),
 ];
 
-/// Where a build with planted bugs dies if `FAILPOINTS` says so, as `NAME=PERCENT%return`.
+/// How the line ends that a process writes to standard error before it dies at a point: any other death
+/// looks the same from outside.
+pub fn crash_mark(point: &str) -> String {
+    format!("dies at the crash point {point}")
+}
+
+/// Where a build with planted bugs dies if `FAILPOINTS` says so, as `NAME=PERCENT%return`. It says so first
+/// ([`crash_mark`]).
 #[cfg(feature = "planted-bugs")]
 pub fn crash_point(name: &'static str) {
     debug_assert!(CRASH_POINTS.iter().any(|(known, _)| *known == name), "{name} is not in the list");
-    fail::fail_point!(name, |_| std::process::abort());
+    fail::fail_point!(name, |_| {
+        eprintln!("shoal: {}", crash_mark(name));
+        std::process::abort()
+    });
 }
 
 /// Nothing, in this build.

@@ -1,10 +1,13 @@
 //! Nodes that die exactly between two steps of the durability order.
+//!
+//! That a node died where it was to die is its own word: before it aborts it writes the point's name to its
+//! log ([`crash_mark`]). A signal alone would prove nothing, since a crash anywhere else ends in one too.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use shoal_proto::planted::CRASH_POINTS;
+use shoal_proto::planted::{CRASH_POINTS, crash_mark};
 use shoal_tests::binary::shoal;
 
 use crate::cluster::Cluster;
@@ -18,7 +21,7 @@ const DEATH_LIMIT: Duration = Duration::from_secs(20);
 /// there. Returns what [`point_of`] reads.
 ///
 /// # Errors
-/// When it does not die there; then it does not run.
+/// When it does not die there, or does not say so; then it does not run.
 pub async fn at_next_point(cluster: &mut Cluster, at: usize) -> Result<String> {
     let (point, percent) = CRASH_POINTS[cluster.crash_points % CRASH_POINTS.len()];
     cluster.crash_points += 1;
@@ -35,6 +38,8 @@ pub async fn at_next_point(cluster: &mut Cluster, at: usize) -> Result<String> {
         tokio::time::sleep(SNAPSHOT_LAG).await;
     }
     node.set_env("FAILPOINTS", &format!("{point}={percent}%return"));
+    // The log is that of all its starts.
+    let deaths_before = deaths_at(point, &node.log());
     cluster.start(at)?;
     let node = &mut cluster.members[at].node;
     let died = node.exited(DEATH_LIMIT).await;
@@ -45,16 +50,20 @@ pub async fn at_next_point(cluster: &mut Cluster, at: usize) -> Result<String> {
         node.kill()?;
     }
     let code = died.with_context(|| format!("{name} did not come to {point}"))?;
-    // By a signal it has no code.
-    ensure!(code.is_none(), "{name} ended with {code:?} instead of dying at {point}");
+    let deaths = deaths_at(point, &node.log());
+    ensure!(deaths > deaths_before, "{name} ended (code {code:?}) and does not say that it died at {point}");
     Ok(format!("{name} at {point}"))
 }
 
-/// The crash point at which a node died, by what was recorded of it; none when this build knows no
-/// such point.
-pub fn point_of(detail: &str) -> Option<&'static str> {
-    let (_, at) = detail.split_once(" at ")?;
-    CRASH_POINTS.iter().map(|(point, _)| *point).find(|point| *point == at)
+/// How often a node has died at a point, by its log.
+fn deaths_at(point: &str, log: &str) -> usize {
+    let mark = crash_mark(point);
+    log.lines().filter(|line| line.ends_with(&mark)).count()
+}
+
+/// The crash point at which a node died, by what was recorded of it.
+pub fn point_of(detail: &str) -> Option<&str> {
+    Some(detail.split_once(" at ")?.1)
 }
 
 fn first_replica(data: &Path) -> Result<PathBuf> {
@@ -87,7 +96,19 @@ mod tests {
     fn a_point_is_read_from_what_is_recorded() {
         let (point, _) = CRASH_POINTS[3];
         assert_eq!(point_of(&format!("n2 at {point}")), Some(point));
-        assert_eq!(point_of("n2 at somewhere"), None);
         assert_eq!(point_of("n2"), None);
+    }
+
+    #[test]
+    fn a_death_counts_where_the_node_says_that_it_died() {
+        let log = format!(
+            "INFO shoal: ready\nshoal: {}\nthread 'x' panicked at log-synced\nshoal: {}\n",
+            crash_mark("log-synced"),
+            crash_mark("log-marked"),
+        );
+        assert_eq!(
+            ["log-synced", "log-marked", "store-flushed"].map(|point| deaths_at(point, &log)),
+            [1, 1, 0]
+        );
     }
 }
