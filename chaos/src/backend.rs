@@ -53,7 +53,10 @@ impl BackendKind {
                 for fault in &scenario.faults {
                     by_engine(*fault, nodes).with_context(|| fault.name())?;
                 }
-                Ok(vec![("containers".to_owned(), Need::Containers)])
+                // An engine does the rest, but the build is the nodes' own.
+                let of_build = scenario.faults.iter().filter(|fault| fault.need() == Need::CrashPoints);
+                let of_build = of_build.map(|fault| (fault.name(), fault.need()));
+                Ok([("containers".to_owned(), Need::Containers)].into_iter().chain(of_build).collect())
             }
         }
     }
@@ -62,7 +65,10 @@ impl BackendKind {
 /// Whether a Docker Engine can do a fault, or why not.
 fn by_engine(fault: Fault, nodes: usize) -> Result<()> {
     match fault.need() {
-        Need::Nothing | Need::Containers => Ok(()),
+        // A node that dies at a crash point aborts. The kernel spares the first process of a container a
+        // SIGABRT of its own, but not the fault that abort(3) runs into next, and the node has said by then
+        // where it dies.
+        Need::Nothing | Need::Containers | Need::CrashPoints => Ok(()),
         Need::Net => {
             let cuts = cuts(fault, 0, nodes).context("an engine loses no packets")?;
             isolated(&cuts, nodes).context("an engine isolates whole nodes, also from clients")?;
@@ -72,8 +78,6 @@ fn by_engine(fault: Fault, nodes: usize) -> Result<()> {
         Need::Clock => bail!("the image has no libfaketime"),
         Need::BreakableDisk | Need::SmallDisk => bail!("containers have no disks that can be broken"),
         Need::Limits => bail!("only processes are put into cgroups"),
-        // The kernel spares the first process of a container its own SIGKILL.
-        Need::CrashPoints => bail!("a node cannot kill itself in a container"),
         Need::OldBinary => bail!("all containers are of one image"),
     }
 }
@@ -166,7 +170,8 @@ mod tests {
     #[test]
     fn what_containers_can_do() {
         let names = "baseline kill-leader kill-minority kill-all split-brain rejoin zombie-leader search \
-                     batches bit-flips churn scaling rolling-restart snapshots resharding";
+                     batches bit-flips churn scaling rolling-restart snapshots \
+                     crash-points resharding";
         assert_eq!(with_containers(|scenario| scenario.ci.nodes).join(" "), names);
         // Of five nodes two are apart from the leader together, which no engine can do.
         let by_night = with_containers(|scenario| scenario.nightly.nodes);
@@ -180,11 +185,22 @@ mod tests {
             (Fault::PacketLoss, "packets"),
             (Fault::ClockBack, "libfaketime"),
             (Fault::TornWrites, "disks"),
-            (Fault::CrashPoint, "kill itself"),
         ] {
             let error = by_engine(fault, 3).expect_err("it cannot be done");
             assert!(error.to_string().contains(reason), "{}: {error}", fault.name());
         }
+    }
+
+    #[test]
+    fn crash_points_in_containers_need_a_build_that_has_some() {
+        let shipped = Scenario::shipped().expect("all are right");
+        let needs = |name: &str| -> Vec<Need> {
+            let scenario = shipped.iter().find(|known| known.name == name).expect("it ships");
+            let needs = BackendKind::Docker.needs(scenario, 3).expect("an engine can do it");
+            needs.into_iter().map(|(_, need)| need).collect()
+        };
+        assert_eq!(needs("crash-points"), [Need::Containers, Need::CrashPoints]);
+        assert_eq!(needs("kill-leader"), [Need::Containers]);
     }
 
     #[test]
