@@ -62,6 +62,9 @@ pub struct Header {
     /// How much the memory of a node may grow in an hour, in percent of its mean.
     #[serde(default)]
     pub most_growth_percent_per_hour: Option<f64>,
+    /// The points at which the nodes' build can die, where nodes die at them; none in older histories.
+    #[serde(default)]
+    pub crash_points: Vec<String>,
     /// Seconds that a node's process must have run for its memory and files to be judged.
     #[serde(default)]
     pub usage_window_seconds: Option<u64>,

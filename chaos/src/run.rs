@@ -10,6 +10,7 @@ use anyhow::{Context, Result};
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
+use shoal_proto::planted::CRASH_POINTS;
 use shoal_tests::Client;
 use tokio::task::JoinHandle;
 
@@ -89,6 +90,10 @@ pub async fn run(
         most_elections: scenario.most_elections,
         most_growth_percent_per_hour: size.most_growth_percent_per_hour,
         usage_window_seconds: size.usage_window,
+        crash_points: match scenario.needs(Need::CrashPoints) {
+            true => CRASH_POINTS.iter().map(|(point, _)| (*point).to_owned()).collect(),
+            false => Vec::new(),
+        },
         ..Header::default()
     };
     let file = dir.join("history.jsonl.zst");

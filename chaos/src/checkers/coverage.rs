@@ -1,12 +1,12 @@
 //! Whether the run means anything: the faults struck, enough succeeded, and nothing happened on
 //! the way that must not happen at all (a panic, a wrong exit code, replicas that stay apart).
 //!
-//! Where nodes die at crash points, every point that this build knows must have been hit. One that
-//! a node was started for and did not come to is a fault that could not be injected, and a violation.
+//! Where nodes die at crash points, every point that the history's header names must have been hit: the
+//! points of the build that was run, not of the one that judges. Older histories name none, and then nobody
+//! can tell. A point that a node was started for and did not come to is a fault that could not be injected,
+//! and a violation.
 
 use std::collections::{BTreeMap, BTreeSet};
-
-use shoal_proto::planted::CRASH_POINTS;
 
 use super::Verdict;
 use crate::faults::{Fault, crash};
@@ -59,10 +59,16 @@ fn cover_crash_points(verdict: &mut Verdict, history: &History) {
     if hit.is_empty() && !history.header.required.contains_key(&format!("fault_{name}")) {
         return;
     }
+    let known: BTreeSet<&str> = history.header.crash_points.iter().map(String::as_str).collect();
     verdict.figure("crash_points_hit", hit.len() as f64);
-    verdict.figure("crash_points_known", CRASH_POINTS.len() as f64);
-    let names = CRASH_POINTS.iter().map(|(point, _)| *point);
-    let missed: Vec<&str> = names.filter(|point| !hit.contains(point)).collect();
+    verdict.figure("crash_points_known", known.len() as f64);
+    if known.is_empty() {
+        verdict.cannot_tell("the history does not say which crash points there were".to_owned());
+    }
+    for point in hit.difference(&known).filter(|_| !known.is_empty()) {
+        verdict.violation("unknown_crash_point", format!("the nodes' build had no crash point {point}"));
+    }
+    let missed: Vec<&str> = known.difference(&hit).copied().collect();
     if !missed.is_empty() {
         verdict.cannot_tell(format!("no node died at {}", missed.join(", ")));
     }
@@ -94,12 +100,16 @@ mod tests {
         history.events.push(event("panic", Phase::Wrong));
         assert_eq!(check(&history, &[]).judgement, Judgement::Invalid);
     }
+
     #[test]
     fn every_crash_point_must_be_hit() {
         let mut history = History::default();
         assert!(!check(&history, &[]).figures.contains_key("crash_points_known"));
-        let required = ("fault_crash-point".to_owned(), CRASH_POINTS.len() as u64);
+        // Points of another build than this one.
+        let points = ["log-torn", "log-mended", "log-forgotten"];
+        let required = ("fault_crash-point".to_owned(), points.len() as u64);
         history.header.required = BTreeMap::from([required]);
+        history.header.crash_points = points.map(str::to_owned).to_vec();
         assert_eq!(check(&history, &[]).figures["crash_points_hit"], 0.0);
         // One point as often as there are points is not all of them.
         let died_at = |point: &str| Event::Fault {
@@ -109,13 +119,16 @@ mod tests {
             phase: Phase::Begin,
             detail: format!("n1 at {point}"),
         };
-        let (first, _) = CRASH_POINTS[0];
-        history.events = CRASH_POINTS.iter().map(|_| died_at(first)).collect();
+        history.events = points.iter().map(|_| died_at(points[0])).collect();
         let verdict = check(&history, &[]);
         assert_eq!((verdict.judgement, verdict.figures["crash_points_hit"]), (Judgement::Unknown, 1.0));
-        history.events = CRASH_POINTS.iter().map(|(point, _)| died_at(point)).collect();
+        history.events = points.iter().map(|point| died_at(point)).collect();
         let verdict = check(&history, &[]);
         assert_eq!(verdict.judgement, Judgement::Valid);
         assert_eq!(verdict.figures["crash_points_hit"], verdict.figures["crash_points_known"]);
+        history.events.push(died_at("nowhere"));
+        assert_eq!(check(&history, &[]).figures["unknown_crash_point"], 1.0);
+        history.header.crash_points.clear();
+        assert_eq!(check(&history, &[]).judgement, Judgement::Unknown, "an older history");
     }
 }
