@@ -1,11 +1,14 @@
 //! `chaos`: runs scenarios, judges histories, writes the report.
 
+mod arguments;
+mod planted;
+
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::Parser;
 use shoal_chaos::backend::{Backend, BackendKind};
 use shoal_chaos::checkers::Judgement;
 use shoal_chaos::doctor;
@@ -14,8 +17,9 @@ use shoal_chaos::faults::{Need, containers};
 use shoal_chaos::report::{self, Entry, RunResult, Timeline};
 use shoal_chaos::run;
 use shoal_chaos::scenario::{Scenario, Size};
-use shoal_proto::planted::Bug;
 use shoal_tests::bench::machine;
+
+use arguments::{Arguments, Command, RunArguments, SizeName};
 
 /// The scenarios that CI has time for: rows 2, 5, 9, 12, 14, 18 and 21.
 const SELECTION: [&str; 7] =
@@ -23,131 +27,31 @@ const SELECTION: [&str; 7] =
 
 /// Seconds that a build with a planted bug may take to settle: it may never do so.
 const PLANTED_PATIENCE: u64 = 8;
-/// How often a planted bug is looked for, each time by another schedule, before it counts as missed:
-/// some show only when a fault falls into the right few milliseconds.
-const PLANTED_ATTEMPTS: u32 = 3;
-/// How long faults strike a build with a planted bug.
-const PLANTED_SECONDS: &str = "24";
 
-/// Breaks a Shoal cluster on purpose, and judges whether it kept its promises.
-#[derive(Parser)]
-#[command(version)]
-struct Arguments {
-    #[command(subcommand)]
-    command: Command,
+/// How a command ended.
+enum Ending {
+    /// Everything held, or was done.
+    Passed,
+    /// Something did not hold.
+    Failed,
+    /// Nothing could be tried here, so that nobody knows.
+    Skipped,
 }
 
-#[derive(Subcommand)]
-enum Command {
-    /// Says which faults this machine can do.
-    Doctor,
-    /// Lists the scenarios.
-    List,
-    /// Runs scenarios and judges them.
-    Run(RunArguments),
-    /// Runs a build with planted bugs, one bug after the other: each must be caught.
-    Planted {
-        /// The `shoal` binary that was built with the feature `planted-bugs`.
-        #[arg(long)]
-        bin: PathBuf,
-        /// Only this bug.
-        #[arg(long)]
-        bug: Option<String>,
-        /// Where histories, logs and data go.
-        #[arg(long, default_value = "target/chaos/planted")]
-        out: PathBuf,
-    },
-    /// Judges a history again.
-    Check {
-        /// A history file.
-        file: PathBuf,
-    },
-    /// Finds the smallest part of a history that a checker still calls invalid.
-    Shrink {
-        /// A history file.
-        file: PathBuf,
-        /// The checker; the first that calls the history invalid when absent.
-        #[arg(long)]
-        checker: Option<String>,
-        /// Where the part goes, as a history file; beside the history when absent.
-        #[arg(long)]
-        out: Option<PathBuf>,
-    },
-    /// Writes the page from the results of runs, and prints them as a table.
-    Report {
-        /// The folder with `results.json`.
-        #[arg(long, default_value = "target/chaos")]
-        out: PathBuf,
-    },
-    /// Makes a private network and takes it down again.
-    #[command(hide = true)]
-    ProbeNet {
-        /// With cables that can be bad.
-        #[arg(long)]
-        cables: bool,
-    },
+impl From<bool> for Ending {
+    fn from(is_good: bool) -> Ending {
+        if is_good { Ending::Passed } else { Ending::Failed }
+    }
 }
 
-#[derive(clap::Args)]
-struct RunArguments {
-    /// Names of scenarios, or `ci` for the selection that CI runs, or `all`.
-    #[arg(required = true)]
-    scenarios: Vec<String>,
-    /// How large.
-    #[arg(long, value_enum, default_value = "ci")]
-    size: SizeName,
-    /// What the nodes run as.
-    #[arg(long, value_enum, default_value = "processes")]
-    backend: BackendKind,
-    /// The seed of the schedule; random when absent, and printed.
-    #[arg(long)]
-    seed: Option<u64>,
-    /// Seconds in which faults strike, instead of the scenario's own.
-    #[arg(long)]
-    seconds: Option<u64>,
-    /// Only these of the scenario's faults.
-    #[arg(long)]
-    fault: Vec<String>,
-    /// Where histories, logs, data and results go.
-    #[arg(long, default_value = "target/chaos")]
-    out: PathBuf,
-    /// A folder with scenarios, instead of those in this program.
-    #[arg(long)]
-    dir: Option<PathBuf>,
-    /// A variable for the nodes, as NAME=VALUE.
-    #[arg(long)]
-    env: Vec<String>,
-    /// The binary of an earlier build, which upgrades begin with.
-    #[arg(long, value_name = "FILE")]
-    old_bin: Option<PathBuf>,
-    /// Succeed exactly when a checker says that a promise was broken: for planted bugs.
-    #[arg(long)]
-    expect_caught: bool,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum SizeName {
-    Ci,
-    Nightly,
-}
+/// The exit code when everything was skipped. Errors have 2.
+const EXIT_SKIPPED: u8 = 3;
 
 fn main() -> ExitCode {
-    let outcome = match Arguments::parse().command {
-        Command::Doctor => examine(),
-        Command::List => list(),
-        Command::Run(arguments) => run_all(&arguments),
-        Command::Planted { bin, bug, out } => planted(&bin, bug.as_deref(), &out),
-        Command::Check { file } => check(&file),
-        Command::Shrink { file, checker, out } => {
-            let out = out.unwrap_or_else(|| file.with_file_name("minimal.jsonl.zst"));
-            shrink(&file, checker.as_deref(), &out)
-        }
-        Command::Report { out } => write_page(&out).map(|()| true),
-        Command::ProbeNet { cables } => Net::create(1, cables).map(|_| true),
-    };
-    match outcome {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
+    match run_command(Arguments::parse().command) {
+        Ok(Ending::Passed) => ExitCode::SUCCESS,
+        Ok(Ending::Failed) => ExitCode::FAILURE,
+        Ok(Ending::Skipped) => ExitCode::from(EXIT_SKIPPED),
         Err(error) => {
             eprintln!("chaos: {error:#}");
             ExitCode::from(2)
@@ -155,7 +59,24 @@ fn main() -> ExitCode {
     }
 }
 
-fn examine() -> Result<bool> {
+fn run_command(command: Command) -> Result<Ending> {
+    match command {
+        Command::Doctor => examine()?,
+        Command::List => list()?,
+        Command::Run(arguments) => return Ok(run_all(&arguments)?.into()),
+        Command::Planted { bin, bug, out } => return planted::planted(&bin, bug.as_deref(), &out),
+        Command::Check { file } => return Ok(check(&file)?.into()),
+        Command::Shrink { file, checker, out } => {
+            let out = out.unwrap_or_else(|| file.with_file_name("minimal.jsonl.zst"));
+            shrink(&file, checker.as_deref(), &out)?;
+        }
+        Command::Report { out } => write_page(&out)?,
+        Command::ProbeNet { cables } => drop(Net::create(1, cables)?),
+    }
+    Ok(Ending::Passed)
+}
+
+fn examine() -> Result<()> {
     let faults = [
         ("processes: kill, pause, restart, flipped bits", Need::Nothing),
         ("containers: kill, pause, isolation (Docker Engine)", Need::Containers),
@@ -173,84 +94,14 @@ fn examine() -> Result<bool> {
             Err(error) => println!("no   {what}: {error:#}"),
         }
     }
-    Ok(true)
+    Ok(())
 }
 
-fn list() -> Result<bool> {
+fn list() -> Result<()> {
     for scenario in Scenario::shipped()? {
         println!("{:>3}  {:20} {}", scenario.row, scenario.name, scenario.promise);
     }
-    Ok(true)
-}
-
-/// Where each planted bug shows.
-fn scenario_for(bug: Bug) -> &'static str {
-    match bug {
-        Bug::AckBeforeSync => "power-cut",
-        Bug::ForgottenVote => "kill-all",
-        Bug::ReadOnFollower => "baseline",
-        Bug::ReadWithoutQuorum => "zombie-leader",
-        Bug::RetryAppliedTwice => "retries",
-        Bug::ForgottenDelete => "everything",
-        Bug::SnapshotAheadOfItself => "snapshots",
-    }
-}
-
-/// The fault that brings it out, where the others of the scenario would only take its time.
-fn fault_for(bug: Bug) -> Option<&'static str> {
-    match bug {
-        Bug::RetryAppliedTwice => Some("answers-lost"),
-        _ => None,
-    }
-}
-
-fn planted(bin: &Path, only: Option<&str>, out: &Path) -> Result<bool> {
-    ensure!(bin.is_file(), "{} does not exist", bin.display());
-    let bin = bin.canonicalize()?;
-    let lists = std::process::Command::new(&bin).arg("crash-points").output()?;
-    ensure!(lists.status.success(), "{} was built without planted-bugs", bin.display());
-    let chaos = std::env::current_exe()?;
-    let run = |arguments: &[&str], folder: &str| -> Result<bool> {
-        let mut command = std::process::Command::new(&chaos);
-        command.arg("run").args(arguments).arg("--out").arg(out.join(folder)).env("SHOAL_BIN", &bin);
-        Ok(command.status()?.success())
-    };
-    let known = Scenario::shipped()?;
-    let (mut missed, mut skipped) = (Vec::new(), Vec::new());
-    // A build with bugs has points to die at as well: there it must keep its promises.
-    let holds = only.is_some() || run(&["crash-points"], "crash-points")?;
-    let wanted: Vec<_> = Bug::ALL.iter().filter(|(_, name)| only.is_none_or(|only| only == *name)).collect();
-    ensure!(!wanted.is_empty(), "there is no such bug");
-    for (bug, name) in wanted {
-        println!("planted: {name}");
-        let scenario = known.iter().find(|known| known.name == scenario_for(*bug));
-        if let Some(reason) = scenario.and_then(|known| missing(known, &known.ci, BackendKind::Processes)) {
-            println!("  skipped, so nobody knows whether it would be caught: {reason}");
-            skipped.push(*name);
-            continue;
-        }
-        let variable = format!("SHOAL_PLANTED_BUG={name}");
-        let scenario = scenario_for(*bug);
-        let mut arguments =
-            vec![scenario, "--expect-caught", "--seconds", PLANTED_SECONDS, "--env", &variable];
-        arguments.extend(fault_for(*bug).into_iter().flat_map(|fault| ["--fault", fault]));
-        let mut is_caught = false;
-        for _ in 0..PLANTED_ATTEMPTS {
-            is_caught = is_caught || run(&arguments, name)?;
-        }
-        if !is_caught {
-            missed.push(*name);
-        }
-    }
-    match (missed.as_slice(), skipped.as_slice()) {
-        ([], []) => println!("every planted bug was caught"),
-        ([], skipped) => println!("skipped: {}; all others were caught", skipped.join(", ")),
-        (missed, _) => println!("not caught: {}", missed.join(", ")),
-    }
-    if !holds {
-        println!("the crash points did not pass");
-    }
-    Ok(missed.is_empty() && holds)
+    Ok(())
 }
 
 fn check(file: &Path) -> Result<bool> {
@@ -260,7 +111,7 @@ fn check(file: &Path) -> Result<bool> {
     Ok(report::passed(&judged.verdicts))
 }
 
-fn shrink(file: &Path, checker: Option<&str>, out: &Path) -> Result<bool> {
+fn shrink(file: &Path, checker: Option<&str>, out: &Path) -> Result<()> {
     let judged = run::judge(file)?;
     let shrunk = run::shrink(&judged, checker)?;
     shrunk.history.write(out)?;
@@ -269,7 +120,7 @@ fn shrink(file: &Path, checker: Option<&str>, out: &Path) -> Result<bool> {
     findings.chain(shrunk.lines.iter().cloned()).for_each(|line| println!("{line}"));
     let certainty = if shrunk.is_minimal { "minimal" } else { "perhaps not minimal" };
     println!("{certainty} after {} judgements; {}", shrunk.judgements, out.display());
-    Ok(true)
+    Ok(())
 }
 
 /// Each run gets a process of its own, because it moves into a network of its own.
@@ -295,40 +146,11 @@ fn run_all(arguments: &RunArguments) -> Result<bool> {
     let mut all_passed = true;
     for scenario in wanted {
         let mut command = std::process::Command::new(std::env::current_exe()?);
-        command.args(["run", &scenario.name, "--size", arguments.size.name()]);
-        command.args(["--backend", arguments.backend.name()]);
-        command.arg("--out").arg(&arguments.out);
-        if let Some(dir) = &arguments.dir {
-            command.arg("--dir").arg(dir);
-        }
-        if let Some(seed) = arguments.seed {
-            command.args(["--seed", &seed.to_string()]);
-        }
-        if let Some(seconds) = arguments.seconds {
-            command.args(["--seconds", &seconds.to_string()]);
-        }
-        for fault in &arguments.fault {
-            command.args(["--fault", fault]);
-        }
-        for variable in &arguments.env {
-            command.arg("--env").arg(variable);
-        }
-        if let Some(old) = &arguments.old_bin {
-            command.arg("--old-bin").arg(old);
-        }
+        command.args(arguments.words(&scenario.name, arguments.seed));
         all_passed &= command.status()?.success();
     }
     write_page(&arguments.out)?;
     Ok(all_passed)
-}
-
-impl SizeName {
-    fn name(self) -> &'static str {
-        match self {
-            SizeName::Ci => "ci",
-            SizeName::Nightly => "nightly",
-        }
-    }
 }
 
 fn run_one(scenario: &Scenario, arguments: &RunArguments) -> Result<bool> {
@@ -357,16 +179,7 @@ fn run_one(scenario: &Scenario, arguments: &RunArguments) -> Result<bool> {
         size.patience = PLANTED_PATIENCE;
     }
     let seed = arguments.seed.unwrap_or_else(rand::random);
-    let mut only: String = arguments.fault.iter().map(|fault| format!(" --fault {fault}")).collect();
-    if let Some(old) = &scenario.old_bin {
-        only.push_str(&format!(" --old-bin {}", old.display()));
-    }
-    let backend = match arguments.backend {
-        BackendKind::Processes => String::new(),
-        other => format!(" --backend {}", other.name()),
-    };
-    let command =
-        format!("chaos run {} --size {}{backend} --seed {seed}{only}", scenario.name, arguments.size.name());
+    let command = arguments.replay(&scenario.name, seed);
     println!("row {} {}: {}", scenario.row, scenario.name, scenario.promise);
     println!("  {command}");
     let mut entry = Entry {

@@ -4,6 +4,7 @@
 //! log ([`crash_mark`]). A signal alone would prove nothing, since a crash anywhere else ends in one too.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -80,7 +81,15 @@ fn first_replica(data: &Path) -> Result<PathBuf> {
 /// # Errors
 /// When it has none, or others: a point that only one of the two knows would never be hit.
 pub fn probe() -> Result<()> {
-    let output = shoal("crash-points")?.output()?;
+    check_points(shoal("crash-points")?)
+}
+
+/// The same for a build whose command that lists them is given.
+///
+/// # Errors
+/// As [`probe`].
+pub fn check_points(mut list: Command) -> Result<()> {
+    let output = list.output()?;
     ensure!(output.status.success(), "the nodes' build has none (make chaos-planted makes one that has)");
     let listed = String::from_utf8_lossy(&output.stdout);
     let are_known = listed.lines().eq(CRASH_POINTS.iter().map(|(point, _)| *point));
