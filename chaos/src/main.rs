@@ -204,7 +204,7 @@ fn run_one(scenario: &Scenario, arguments: &RunArguments) -> Result<bool> {
     }
     let began = Instant::now();
     let work = arguments.out.join(&scenario.name);
-    clear(&work)?;
+    clear(&work, arguments.backend)?;
     let work = work.canonicalize()?;
     // Before there is any other thread: threads inherit the network of who starts them.
     let backend = Backend::create(arguments.backend, size.nodes, scenario.needs(Need::Cables), &work)?;
@@ -261,12 +261,14 @@ fn missing(scenario: &Scenario, size: &Size, backend: BackendKind) -> Option<Str
 }
 
 /// An empty folder, whatever a run before has left there.
-fn clear(dir: &Path) -> Result<()> {
+fn clear(dir: &Path, backend: BackendKind) -> Result<()> {
     if dir.exists() {
         let is_ours = dir.join("history.jsonl.zst").exists() || std::fs::read_dir(dir)?.next().is_none();
         let is_ours = is_ours || dir.join("n1").exists();
         ensure!(is_ours, "{} is not a folder of a run", dir.display());
-        containers::clear(&dir.canonicalize()?)?;
+        if backend == BackendKind::Docker {
+            containers::clear(&dir.canonicalize()?)?;
+        }
         unmount_below(&dir.canonicalize()?)?;
         std::fs::remove_dir_all(dir).with_context(|| format!("remove {}", dir.display()))?;
     }

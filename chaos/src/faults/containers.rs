@@ -11,11 +11,12 @@
 //! killed and paused one by one ([`shoal_tests::Container`]). One is isolated by taking it off the
 //! network, which cuts it off from clients too; an engine can make no partition of another shape.
 //!
-//! Everything is named after the run's folder, so that the next run there finds what one that was
-//! killed has left. Nothing else on the engine is touched.
+//! Everything is named after the run's folder, so that the next run there with containers finds what one that
+//! was killed has left. Nothing else on the engine is touched.
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
+use std::fs::File;
 use std::net::{Ipv4Addr, TcpStream};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -57,7 +58,11 @@ impl Containers {
     /// # Errors
     /// When there is no engine, or it refuses.
     pub fn create(nodes: usize, program: &Path, dir: &Path) -> Result<Containers> {
-        let id = id_of(dir);
+        Containers::create_as(id_of(dir), nodes, program, dir)
+    }
+
+    /// The same under a name of its own. What has that name already is removed first.
+    fn create_as(id: String, nodes: usize, program: &Path, dir: &Path) -> Result<Containers> {
         remove(&id).context("Docker Engine")?;
         let folder = std::fs::metadata(dir)?;
         let owner = format!("{}:{}", folder.uid(), folder.gid());
@@ -235,16 +240,21 @@ fn is_routed(routes: &str, subnet: Ipv4Addr) -> bool {
     routes.lines().any(|line| overlaps(line).unwrap_or(false))
 }
 
-/// Whether containers can be made, paused, isolated and killed here.
+/// Whether containers can be made, paused, isolated and killed here. What this makes has always the same name
+/// for one user, so that a probe removes what one that was killed has left; there is one at a time.
 ///
 /// # Errors
 /// The reason, for a report.
 pub fn probe() -> Result<()> {
+    let id = format!("shoal-chaos-probe-{}", nix::unistd::getuid());
+    let lock = File::create(std::env::temp_dir().join(format!("{id}.lock")))?;
+    // Until this function or this process ends, in whichever way.
+    lock.lock()?;
     let path = std::env::var_os("PATH").unwrap_or_default();
     let sleep = std::env::split_paths(&path).map(|dir| dir.join("sleep")).find(|path| path.is_file());
     let sleep = sleep.context("there is no program sleep")?.canonicalize()?;
     let dir = tempfile::tempdir()?;
-    let containers = Containers::create(1, &sleep, &dir.path().canonicalize()?)?;
+    let containers = Containers::create_as(id, 1, &sleep, &dir.path().canonicalize()?)?;
     let Host { address, container, .. } = containers.host(0);
     let container = container.context("a node has a container")?;
     let words = container.launcher([]);
