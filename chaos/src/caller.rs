@@ -24,6 +24,8 @@ const NODE_TIMEOUT_SECONDS: u64 = 2;
 const AVOID: Duration = Duration::from_secs(3);
 /// How often a client with retries tries.
 const MAX_ATTEMPTS: u32 = 20;
+/// The pause between two of its attempts.
+const RETRY_PAUSE: Duration = Duration::from_millis(100);
 /// The status of what is refused before any shard has heard of it.
 const BAD_REQUEST: u16 = 400;
 /// Points in one page of a listing.
@@ -154,7 +156,7 @@ impl Caller {
                 Outcome::Fail => {}
                 Outcome::Unknown => is_unknown = true,
             }
-            tokio::time::sleep(Duration::from_millis(100)).await;
+            tokio::time::sleep(RETRY_PAUSE).await;
         }
         let outcome = if is_unknown { Outcome::Unknown } else { Outcome::Fail };
         ending(outcome, None, "gave up")

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use nix::mount::{MntFlags, umount2};
 use serde::Deserialize;
 use serde_json::json;
 use shoal_tests::settled::{check_converged, check_settled};
@@ -29,6 +30,10 @@ pub const DIMENSIONS: usize = 32;
 /// How long it may take until some node leads, and the pause between two looks.
 const LEADER_LIMIT: Duration = Duration::from_secs(10);
 const LEADER_PAUSE: Duration = Duration::from_millis(100);
+/// How long a node may take to say how it sees the cluster.
+const VIEW_LIMIT: Duration = Duration::from_secs(2);
+/// The pause between two looks whether the cluster is settled.
+const SETTLED_PAUSE: Duration = Duration::from_millis(200);
 
 /// What a node's data is on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -217,7 +222,7 @@ impl Cluster {
     /// How the nodes that answer see the cluster.
     pub async fn views(&self) -> Vec<(usize, View)> {
         let ask = self.members.iter().enumerate().map(|(at, member)| async move {
-            let view = tokio::time::timeout(Duration::from_secs(2), member.node.view()).await;
+            let view = tokio::time::timeout(VIEW_LIMIT, member.node.view()).await;
             Some((at, view.ok()?.ok()?))
         });
         futures::future::join_all(ask).await.into_iter().flatten().collect()
@@ -321,7 +326,7 @@ impl Cluster {
             match state {
                 Ok(()) => return Ok(()),
                 Err(error) if Instant::now() > deadline => return Err(error),
-                Err(_) => tokio::time::sleep(Duration::from_millis(200)).await,
+                Err(_) => tokio::time::sleep(SETTLED_PAUSE).await,
             }
         }
     }
@@ -369,7 +374,8 @@ impl Drop for Cluster {
             drop(member.node.kill());
             member.disk.take();
             if let Some(path) = &member.small {
-                drop(shell::run(&format!("umount {}", path.display())));
+                // Off the tree whoever holds a file of it.
+                let _ = umount2(path, MntFlags::MNT_DETACH);
             }
         }
     }

@@ -35,6 +35,8 @@ const REPAIR_LIMIT: Duration = Duration::from_secs(60);
 const PROBE_EVERY: Duration = Duration::from_millis(200);
 /// How often a final read is tried.
 const FINAL_ATTEMPTS: u32 = 5;
+/// The pause between two attempts.
+const FINAL_PAUSE: Duration = Duration::from_secs(1);
 
 /// A run that was judged.
 #[derive(Debug)]
@@ -263,7 +265,7 @@ async fn read_everything(clients: &[Client], recorder: &Arc<Recorder>, seed: u64
                 if is_read {
                     break;
                 }
-                tokio::time::sleep(Duration::from_secs(1)).await;
+                tokio::time::sleep(FINAL_PAUSE).await;
             }
             if !is_read {
                 let detail = format!("n{} does not list what it has at {level:?}", node + 1);

@@ -8,6 +8,10 @@
 //! | lying sync | fsync answers and makes nothing durable |
 //!
 //! Flipped bits need no file system: [`flip`] changes the folder below while its node is down.
+//!
+//! A disk that is dropped is not mounted any more, even when somebody still holds a file of it or nobody
+//! answers for it, and whoever drops it does not wait for long. Only a process that is killed leaves its
+//! mounts behind; the next run in that folder takes them off.
 
 pub mod flip;
 mod fs;
@@ -16,13 +20,20 @@ pub mod journal;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use fuser::{BackgroundSession, MountOption};
+use nix::mount::{MntFlags, umount, umount2};
 use parking_lot::Mutex;
 
 use journal::{Damage, Journal, Survivors};
+
+/// How long what is under way on a disk may take to end, after its node has.
+const UNMOUNT_LIMIT: Duration = Duration::from_secs(10);
+/// The pause between two attempts to take it off.
+const UNMOUNT_PAUSE: Duration = Duration::from_millis(50);
 
 /// What can be asked of a mounted disk at any time.
 #[derive(Default, Debug)]
@@ -55,8 +66,9 @@ impl Disk {
         std::fs::create_dir_all(&below)?;
         std::fs::create_dir_all(mount)?;
         let journal = Arc::new(Mutex::new(Journal::new(&beside("attic"))?));
-        let mut disk =
-            Disk { below, mount: mount.to_owned(), faults: Arc::default(), journal, session: None };
+        // As the kernel names it in its list of mounts.
+        let mount = mount.canonicalize()?;
+        let mut disk = Disk { below, mount, faults: Arc::default(), journal, session: None };
         disk.attach()?;
         Ok(disk)
     }
@@ -66,6 +78,19 @@ impl Disk {
         let options = [MountOption::FSName("shoal-chaos".into()), MountOption::NoAtime];
         let session = fuser::spawn_mount2(system, &self.mount, &options);
         self.session = Some(session.with_context(|| format!("mount {}", self.mount.display()))?);
+        Ok(())
+    }
+
+    /// Takes it off once whatever is under way has ended.
+    fn detach(&mut self) -> Result<()> {
+        self.session.take();
+        let end = Instant::now() + UNMOUNT_LIMIT;
+        while connection(&self.mount)?.is_some() {
+            ensure!(Instant::now() < end, "{} is still in use", self.mount.display());
+            std::thread::sleep(UNMOUNT_PAUSE);
+            // Refused as long as it is in use.
+            let _ = umount(&self.mount);
+        }
         Ok(())
     }
 
@@ -85,8 +110,7 @@ impl Disk {
     /// # Errors
     /// When the files below cannot be changed or the disk cannot be mounted again.
     pub fn cut_power(&mut self, survivors: Survivors, seed: u64) -> Result<Damage> {
-        // Unmounting waits for whatever is under way.
-        self.session.take();
+        self.detach()?;
         let damage = self.journal.lock().cut(survivors, seed).context("undo what was not synced")?;
         self.attach()?;
         Ok(damage)
@@ -98,6 +122,41 @@ impl Disk {
         self.faults.sync_lies.store(false, Ordering::Relaxed);
         self.faults.sync_delay_ms.store(0, Ordering::Relaxed);
     }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        // Syncs end at once from now on.
+        self.heal();
+        if let Ok(Some(connection)) = connection(&self.mount) {
+            let (mount, (done, is_off)) = (self.mount.clone(), mpsc::channel());
+            // Off the tree at once, and for good when its last file is closed. What the kernel has still to
+            // write it writes now, which takes for ever when nobody answers for the disk any more.
+            std::thread::spawn(move || done.send(umount2(&mount, MntFlags::MNT_DETACH)));
+            if is_off.recv_timeout(UNMOUNT_LIMIT).is_err() {
+                drop(std::fs::write(format!("/sys/fs/fuse/connections/{connection}/abort"), "1"));
+            }
+        }
+        self.session.take();
+    }
+}
+
+/// The kernel's number for what is mounted at a path, by which FUSE names the connection; none when nothing
+/// is. Nothing is asked of the file system itself, which might not answer.
+fn connection(mount: &Path) -> Result<Option<u64>> {
+    Ok(connection_in(&std::fs::read_to_string("/proc/self/mountinfo")?, mount))
+}
+
+/// The same in the kernel's list, where a line is `ID PARENT MAJOR:MINOR ROOT PATH …`.
+fn connection_in(mounts: &str, mount: &Path) -> Option<u64> {
+    let mut found = mounts.lines().filter_map(|line| {
+        let mut fields = line.split(' ').skip(2);
+        let device = fields.next()?;
+        let path = fields.nth(1)?.replace("\\040", " ");
+        (Path::new(&path) == mount).then(|| device.split_once(':')?.1.parse().ok()).flatten()
+    });
+    // Of several the one on top.
+    found.next_back()
 }
 
 impl Faults {
@@ -124,6 +183,32 @@ mod tests {
                 None
             }
         }
+    }
+
+    #[test]
+    fn a_mount_is_found_in_the_list() {
+        let list = "22 1 8:1 / / rw - ext4 /dev/sda1 rw\n\
+                    30 22 0:51 / /tmp/a\\040b/disk rw - fuse shoal-chaos rw\n\
+                    31 22 0:52 / /tmp/disk rw - fuse shoal-chaos rw\n\
+                    32 31 0:53 / /tmp/disk rw - fuse shoal-chaos rw\n";
+        let found = |path: &str| connection_in(list, Path::new(path));
+        assert_eq!(found("/tmp/a b/disk"), Some(51));
+        assert_eq!(found("/tmp/disk"), Some(53), "the one on top");
+        assert_eq!(found("/tmp"), None);
+    }
+
+    #[test]
+    fn a_disk_that_is_in_use_is_off_when_it_is_dropped() {
+        let Some((_dir, disk, mount)) = disk() else { return };
+        let mut file = File::create(mount.join("log")).expect("a file");
+        file.write_all(b"one").expect("written");
+        let mount = mount.canonicalize().expect("there");
+        assert!(connection(&mount).expect("listed").is_some());
+        disk.faults().sync_delay_ms.store(60_000, Ordering::Relaxed);
+        drop(disk);
+        assert_eq!(connection(&mount).expect("listed"), None);
+        // Its file goes on until it is closed.
+        file.write_all(b"two").expect("written");
     }
 
     #[test]
