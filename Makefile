@@ -33,7 +33,7 @@ manifests:
 	@python=$(SCHEMAS)/bin/python; [ -e $(SCHEMAS)/complete ] || python=python3; \
 	  $$python tests/deploy/validate_manifests.py --self-test && $$python tests/deploy/validate_manifests.py
 
-## Every row of the chaos matrix in its small size (about 20 minutes; as root, or most rows are skipped).
+## Every row of the chaos matrix in its small size (about 25 minutes; as root, or most rows are skipped).
 chaos: chaos-tools build
 	$(TARGET)/release/chaos run all --out $(TARGET)/chaos
 
@@ -50,12 +50,13 @@ chaos-docker: build
 	$(TARGET)/release/chaos run baseline kill-leader rejoin zombie-leader --backend docker --seconds 26 \
 		--out $(TARGET)/chaos/docker
 
-## Bugs on purpose, each of which chaos must catch. The build with the bugs is a file of its own.
+## Bugs on purpose, each of which chaos must catch. The build with the bugs is a program of its own; that without is not
+## touched. Where this machine can show none of them, which is exit code 3, that is said and no failure.
 chaos-planted: chaos-tools build
-	cargo build --release --workspace --features shoal-node/planted-bugs --bin shoal
-	cp $(TARGET)/release/shoal $(TARGET)/release/shoal-planted
-	cargo build --release --workspace
-	$(TARGET)/release/chaos planted --bin $(TARGET)/release/shoal-planted --out $(TARGET)/chaos/planted
+	cargo build --release --workspace --features shoal-node/planted-bugs --bin shoal-planted
+	@$(TARGET)/release/chaos planted --bin $(TARGET)/release/shoal-planted --out $(TARGET)/chaos/planted || { \
+	  code=$$?; [ $$code -eq 3 ] || exit $$code; \
+	  echo "skipped: make chaos-planted: no planted bug can be shown on this machine"; }
 
 ## Nodes of an earlier commit, OLD=COMMIT, are upgraded under load, forth and back, and while nodes are killed.
 upgrade-test: chaos-tools build model
