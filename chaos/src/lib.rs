@@ -10,6 +10,7 @@
 //! |---|---|
 //! | [`scenario`] | what to run: a row of the matrix, in a small and a large size |
 //! | [`cluster`], [`faults`], [`disk`] | real nodes, and what can be done to them |
+//! | [`faults::reshard`] | shards that are split and merged meanwhile |
 //! | [`backend`] | what nodes run as: processes, or containers of a Docker Engine |
 //! | [`workloads`], [`caller`] | clients, and how an answer is classified |
 //! | [`history`] | the record of a run |
