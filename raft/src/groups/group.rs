@@ -26,6 +26,9 @@ use crate::types::{Payload, TypeConfig};
 const MAX_LAG: u64 = 1000;
 /// How recently a learner must have answered when it gets a vote.
 const HEARD_LATELY: Duration = Duration::from_secs(2);
+/// How long a change of members may take to be agreed on. It is led on at the next look; without an end a
+/// leader that has lost its quorum would wait for as long as it believes in itself.
+const CHANGE_TIMEOUT: Duration = Duration::from_secs(10);
 /// After so long without a new leader another member is asked to lead.
 const TRANSFER_RETRY: Duration = Duration::from_millis(300);
 
@@ -376,7 +379,9 @@ impl Group {
         let change = match next_step(&now, wanted, voters_wanted, is_ready) {
             None => return Ok(false),
             Some(Step::AddLearner(new)) => {
-                self.raft.add_learner(new, EmptyNode {}, false).await.map_err(|error| refused(&error))?;
+                let added = self.raft.add_learner(new, EmptyNode {}, false);
+                let added = tokio::time::timeout(CHANGE_TIMEOUT, added).await;
+                added.map_err(|late| refused(&late))?.map_err(|error| refused(&error))?;
                 return Ok(false);
             }
             Some(Step::SetVoters(voters)) => {
@@ -391,7 +396,8 @@ impl Group {
             }
             Some(Step::Remove(gone)) => ChangeMembers::RemoveNodes(gone),
         };
-        self.raft.change_membership(change, true).await.map_err(|error| refused(&error))?;
+        let changed = tokio::time::timeout(CHANGE_TIMEOUT, self.raft.change_membership(change, true)).await;
+        changed.map_err(|late| refused(&late))?.map_err(|error| refused(&error))?;
         Ok(false)
     }
 
