@@ -26,6 +26,8 @@ const AVOID: Duration = Duration::from_secs(3);
 const MAX_ATTEMPTS: u32 = 20;
 /// The pause between two of its attempts.
 const RETRY_PAUSE: Duration = Duration::from_millis(100);
+/// How long one write may be repeated.
+pub const LONGEST_RETRY: Duration = ATTEMPT_TIMEOUT.saturating_add(RETRY_PAUSE).saturating_mul(MAX_ATTEMPTS);
 /// The status of what is refused before any shard has heard of it.
 const BAD_REQUEST: u16 = 400;
 /// Points in one page of a listing.

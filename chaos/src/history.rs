@@ -15,6 +15,9 @@
 //! | fail | an answer that proves that nothing was proposed: 4xx, 429, 507, connection refused |
 //! | unknown | everything else: it may have happened, may happen later, or never |
 //!
+//! A batch fails by 400 alone, and by a refused connection: of several shards one may refuse what another
+//! one has done.
+//!
 //! A logical process has one operation in flight. After an unknown outcome it ends, and its
 //! client goes on under a new process number, because the operation may still be under way.
 

@@ -12,9 +12,15 @@
 //! change is read from the cluster's own report, since an order whose answer was lost may be carried out all
 //! the same. A change that the cluster gives up is recorded and no mistake; that nothing was ever completed
 //! is one, of coverage.
+//!
+//! What was merged rests for as long as a client may repeat a write: after a merge and a further change a
+//! repeated write may be done again, which README states as a limit, so it would be no finding.
 
+use std::cmp::Ordering;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::{Acquire, Release};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -24,6 +30,7 @@ use serde_json::{Value, json};
 use shoal_tests::{Client, Reply, Request};
 use tokio::task::JoinHandle;
 
+use crate::caller::LONGEST_RETRY;
 use crate::cluster::COLLECTION;
 use crate::history::{Phase, Recorder};
 
@@ -69,6 +76,8 @@ impl Resharding {
             stop: stop.clone(),
             coin: StdRng::seed_from_u64(seed),
             done: Done::default(),
+            known: BTreeSet::new(),
+            merged_at: BTreeMap::new(),
         };
         Resharding { stop, task: tokio::spawn(resharder.run()) }
     }
@@ -76,7 +85,7 @@ impl Resharding {
     /// Orders nothing more and waits until the last change has ended. One that does not end in time is
     /// recorded as wrong.
     pub async fn finish(self) {
-        self.stop.store(true, Ordering::Release);
+        self.stop.store(true, Release);
         self.task.await.expect("whoever orders changes does not panic");
     }
 }
@@ -123,25 +132,29 @@ impl Change {
     }
 }
 
-/// What is ordered next, for the shards of a collection in the order of their ranges.
-fn choose(shards: &[u64], done: Done, coin: &mut StdRng) -> Option<Change> {
-    let merges_next = match shards.len() {
-        0 => return None,
-        1 => false,
-        MANY_SHARDS.. => true,
-        _ if done.splits == done.merges => coin.random_bool(0.5),
-        _ => done.merges < done.splits,
+/// What is ordered next, for the shards of a collection in the order of their ranges; none of those that rest.
+fn choose(shards: &[u64], resting: &BTreeSet<u64>, done: Done, coin: &mut StdRng) -> Option<Change> {
+    let is_free = |shard: &u64| !resting.contains(shard);
+    let free: Vec<u64> = shards.iter().copied().filter(is_free).collect();
+    let pairs: Vec<&[u64]> = shards.windows(2).filter(|pair| pair.iter().all(is_free)).collect();
+    let is_full = shards.len() >= MANY_SHARDS;
+    let is_merge_due = match done.splits.cmp(&done.merges) {
+        Ordering::Less => false,
+        Ordering::Equal => coin.random_bool(0.5),
+        Ordering::Greater => true,
     };
-    Some(match merges_next {
-        true => {
-            let at = coin.random_range(0..shards.len() - 1);
-            Change::Merge { one: shards[at], other: shards[at + 1] }
+    // What cannot be done makes way for the other.
+    match (is_full || is_merge_due, pairs.len(), free.len()) {
+        (true, 1.., _) => {
+            let pair = pairs[coin.random_range(0..pairs.len())];
+            Some(Change::Merge { one: pair[0], other: pair[1] })
         }
-        false => {
-            let shard = shards[coin.random_range(0..shards.len())];
-            Change::Split { shard, into: coin.random_range(2..=MOST_PARTS) }
+        (_, _, 1..) if !is_full => {
+            let shard = free[coin.random_range(0..free.len())];
+            Some(Change::Split { shard, into: coin.random_range(2..=MOST_PARTS) })
         }
-    })
+        _ => None,
+    }
 }
 
 /// What the cluster says of the collection's shards.
@@ -179,13 +192,18 @@ struct Resharder {
     stop: Arc<AtomicBool>,
     coin: StdRng,
     done: Done,
+    /// The shards in use before the change that is under way.
+    known: BTreeSet<u64>,
+    /// When shards were seen that others had been merged into.
+    merged_at: BTreeMap<u64, Instant>,
 }
 
 impl Resharder {
     async fn run(mut self) {
-        while !self.stop.load(Ordering::Acquire) {
+        while !self.stop.load(Acquire) {
             // Who cannot be asked now is asked again: that is what the faults are for.
             if let Ok(shards) = self.look().await {
+                self.known = shards.in_use.iter().copied().collect();
                 match shards.giving_way {
                     // An order that was taken for lost.
                     Some(parents) => {
@@ -200,7 +218,9 @@ impl Resharder {
     }
 
     async fn order(&mut self, shards: &[u64]) {
-        let Some(change) = choose(shards, self.done, &mut self.coin) else { return };
+        self.merged_at.retain(|_, at| at.elapsed() < LONGEST_RETRY);
+        let resting = self.merged_at.keys().copied().collect();
+        let Some(change) = choose(shards, &resting, self.done, &mut self.coin) else { return };
         match self.ask(&change.request()).await {
             Ok(reply) if !reply.is_success() => {
                 let detail = format!("{}: {} {}", change.describe(), reply.status, reply.text());
@@ -229,7 +249,7 @@ impl Resharder {
                 return;
             }
             // As long as faults strike it may take what it takes.
-            if self.stop.load(Ordering::Acquire) {
+            if self.stop.load(Acquire) {
                 let end = *end.get_or_insert_with(|| Instant::now() + END_LIMIT);
                 if Instant::now() > end {
                     let detail =
@@ -252,6 +272,8 @@ impl Resharder {
             }
             (false, _) => {
                 self.done.merges += 1;
+                let new = in_use.iter().filter(|shard| !self.known.contains(*shard));
+                self.merged_at.extend(new.map(|shard| (*shard, Instant::now())));
                 MERGED
             }
         };
@@ -315,19 +337,29 @@ mod tests {
     fn what_was_completed_less_often_comes_next() {
         let mut coin = StdRng::seed_from_u64(1);
         let (split_before, merged_before) = (Done { splits: 1, merges: 0 }, Done { splits: 0, merges: 1 });
+        let nobody = BTreeSet::new();
+        let mut choose = |shards: &[u64], resting: &BTreeSet<u64>, done: Done| {
+            super::choose(shards, resting, done, &mut coin)
+        };
         for _ in 0..100 {
-            let merge = choose(&[7, 8, 9], split_before, &mut coin).expect("a change");
+            let merge = choose(&[7, 8, 9], &nobody, split_before).expect("a change");
             let is_of_neighbours = [(7, 8), (8, 9)].map(|(one, other)| Change::Merge { one, other });
             assert!(is_of_neighbours.contains(&merge), "{merge:?}");
-            let split = choose(&[7, 8, 9], merged_before, &mut coin).expect("a change");
+            let split = choose(&[7, 8, 9], &nobody, merged_before).expect("a change");
             assert!(matches!(split, Change::Split { shard: 7..=9, into: 2..=4 }), "{split:?}");
             // One shard has no neighbour, and many are enough.
-            let alone = choose(&[7], split_before, &mut coin).expect("a change");
+            let alone = choose(&[7], &nobody, split_before).expect("a change");
             assert!(matches!(alone, Change::Split { shard: 7, .. }), "{alone:?}");
             let many: Vec<u64> = (0..MANY_SHARDS as u64).collect();
-            let merge = choose(&many, merged_before, &mut coin).expect("a change");
+            let merge = choose(&many, &nobody, merged_before).expect("a change");
             assert!(matches!(merge, Change::Merge { .. }), "{merge:?}");
+            // What was merged lately stays.
+            let middle = BTreeSet::from([8]);
+            let split = choose(&[7, 8, 9], &middle, split_before).expect("a change");
+            assert!(matches!(split, Change::Split { shard: 7 | 9, .. }), "{split:?}");
+            assert_eq!(choose(&[8], &middle, split_before), None);
+            assert_eq!(choose(&many, &many.iter().copied().collect(), merged_before), None);
         }
-        assert_eq!(choose(&[], Done::default(), &mut coin), None);
+        assert_eq!(choose(&[], &nobody, Done::default()), None);
     }
 }
