@@ -18,7 +18,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::future::join_all;
@@ -176,12 +175,13 @@ pub(crate) fn keep_raising(cluster: Cluster) {
     });
 }
 
-/// Promises what is in force already: to a node that has just joined, and to one that was away.
+/// Promises what is in force already, and goes by it: on a node that has just joined, and on one that was away.
 pub(crate) fn keep_promising(cluster: Cluster) {
     let mut watch = cluster.watch();
     tokio::spawn(async move {
         loop {
             let level = watch.borrow_and_update().level;
+            cluster.groups().set_snapshot_offers(level >= Level::SNAPSHOT_OFFERS);
             if let Err(error) = cluster.promise_level(level).await {
                 tracing::warn!(%error, "the level in force could not be written down yet");
                 tokio::time::sleep(TICK).await;

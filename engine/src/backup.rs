@@ -164,6 +164,15 @@ pub struct Archive {
     claimed: Option<u64>,
 }
 
+/// Answers to requests, oldest first.
+#[derive(Debug, Default)]
+pub struct Answers {
+    /// To those that were done in all of the shard.
+    pub whole: Vec<(RequestId, Outcome)>,
+    /// To those that were not.
+    pub partial: Vec<PartialAnswer>,
+}
+
 /// Where a reading of records in batches has come to: the key of the last one, none at the beginning.
 pub type RecordCursor = Option<Vec<u8>>;
 
@@ -275,21 +284,20 @@ impl Archive {
         self.batch(keys::STAGED, after, bytes)?.into_iter().map(chunk).collect()
     }
 
-    /// The answers that it remembers, oldest first: to requests that were done in all of the shard, and to
-    /// those that were not.
+    /// The answers that it remembers.
     ///
     /// # Errors
     /// Damaged, when a record is.
-    pub fn answers(&self) -> Result<(Vec<(RequestId, Outcome)>, Vec<PartialAnswer>)> {
-        let (mut whole, mut partial) = (Vec::new(), Vec::new());
+    pub fn answers(&self) -> Result<Answers> {
+        let mut answers = Answers::default();
         let adoption = read_meta::<Option<Adoption>>(&self.store, keys::ADOPTION)?.flatten();
         for (id, outcome) in self.records::<(RequestId, Outcome)>(keys::REQUEST)? {
             match done_in(&self.store, adoption.as_ref(), id)? {
-                None => whole.push((id, outcome)),
-                Some(ranges) => partial.push(PartialAnswer { id, outcome, ranges }),
+                None => answers.whole.push((id, outcome)),
+                Some(ranges) => answers.partial.push(PartialAnswer { id, outcome, ranges }),
             }
         }
-        Ok((whole, partial))
+        Ok(answers)
     }
 
     /// The change of shards that had frozen it.

@@ -317,8 +317,11 @@ fn one_of_many(id: u64) -> Point {
     Point { id: PointId::Num(id), vectors, ..like }
 }
 
+/// Whether a filter keeps a point.
+type Keeps = fn(PointId, &Value) -> bool;
+
 /// Filters, each with what it means.
-fn filters() -> Vec<(Value, fn(PointId, &Value) -> bool)> {
+fn filters() -> Vec<(Value, Keeps)> {
     fn is(payload: &Value, field: &str, wanted: i64) -> bool {
         payload[field] == json!(wanted)
     }

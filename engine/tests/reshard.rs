@@ -275,11 +275,11 @@ fn seeds(
         let indexes = archive.indexes().expect("readable").unwrap_or_default();
         let indexes = (parents[0].0 == parent.id).then_some(indexes);
         seeds.push(seed(at, Seed { indexes, ..empty.clone() }));
-        let (answers, partial) = archive.answers().expect("readable");
-        for some in answers.chunks(7) {
+        let answers = archive.answers().expect("readable");
+        for some in answers.whole.chunks(7) {
             seeds.push(seed(at, Seed { answers: some.to_vec(), ..empty.clone() }));
         }
-        for some in partial.chunks(7) {
+        for some in answers.partial.chunks(7) {
             let seed = SeedPartial { by: BY, from: parent.id, answers: some.to_vec() };
             seeds.push((at, Command::SeedPartial(Box::new(seed))));
         }
@@ -547,7 +547,7 @@ fn a_crash_after_any_command_of_a_replay_changes_nothing() {
         let sum_after = |crash: Option<usize>| {
             let mut child = Rig::new(2);
             for (_, seed) in &seeds {
-                child.command(Command::Seed(Box::new(seed.clone())));
+                child.command(seed.clone());
             }
             child.checkpoint();
             if let Some(done) = crash {

@@ -11,7 +11,8 @@
 //! * Level 1: everything up to the builds of 2026-11-22 that knew no levels.
 //! * Level 2: nodes join with their level; the control group's state carries one (its format 5); answers to
 //!   requests that were done in a part of a shard go along when it is split or merged; frozen shards refuse what
-//!   is proposed to them; a restored collection can take the place of another one.
+//!   is proposed to them; a restored collection can take the place of another one; snapshots are offered before
+//!   they are sent.
 //!
 //! What is written to a log, to a snapshot or to a disk, or is sent to a node, in a form that builds of the level
 //! before cannot read, belongs to a new level: give it a line here and a name in [`Level`], raise
@@ -38,6 +39,8 @@ impl Level {
     pub const PASSES_FREEZE: Level = Level(2);
     /// From here on a restored collection can take the place of another one.
     pub const RESTORES_REPLACE: Level = Level(2);
+    /// From here on a snapshot is offered before it is sent.
+    pub const SNAPSHOT_OFFERS: Level = Level(2);
     /// The highest that this build knows.
     pub const LATEST: Level = Level(2);
 

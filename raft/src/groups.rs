@@ -131,6 +131,12 @@ impl Groups {
         self.inner.snapshots.spools().set_room(has_room);
     }
 
+    /// Says whether all nodes are of builds to which a snapshot can be offered. To those from before that it is sent as it
+    /// is read.
+    pub fn set_snapshot_offers(&self, are_understood: bool) {
+        self.inner.snapshots.spools().set_understood(are_understood);
+    }
+
     /// Deletes now and then what is left of snapshots that nobody goes on with.
     pub(crate) fn sweep_snapshots(&self) {
         self.inner.snapshots.sweep();

@@ -563,7 +563,7 @@ mod tests {
         let lock = target.lock("test").await.expect("free");
         assert_eq!(target.sweep(&lock).await.expect("swept").0, 0);
         target.get(&piece).await.expect("kept");
-        assert_eq!(target.snapshots().await.expect("listed"), [snapshot.clone()]);
+        assert_eq!(target.snapshots().await.expect("listed"), std::slice::from_ref(&snapshot));
         assert_eq!(target.snapshot(&snapshot.name()).await.expect("found"), snapshot);
         let other = target.snapshot(&format!("d-{id}.snapshot")).await;
         assert_eq!(other.map_err(|error| error.code), Err(ErrorCode::NotFound));

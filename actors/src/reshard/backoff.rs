@@ -46,7 +46,7 @@ mod tests {
     #[test]
     fn a_shard_rests_longer_each_time_that_its_split_is_given_up() {
         let (mut backoff, mut now) = (Backoff::default(), Instant::now());
-        let minutes = |count| Duration::from_secs(60 * count);
+        let minutes = |count: u64| Duration::from_secs(60 * count);
         assert!(!backoff.rests(ShardId(1), now));
         for pause in [10, 20, 40, 80, 160, 320, 640, 1280, 1440, 1440] {
             backoff.note(ShardId(1), now);

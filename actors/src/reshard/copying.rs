@@ -197,7 +197,7 @@ impl<'a> Copying<'a> {
     /// The payload indexes, once, and the answers to requests, which concern every new shard.
     async fn seed_answers(&self, copy: &Arc<ScratchCopy>, empty: &Seed) -> Result<(), Error> {
         let (source, wanted) = (copy.clone(), self.config.payload_indexes.clone());
-        let (indexes, (answers, partial)) =
+        let (indexes, answers) =
             blocking(move || Ok((source.archive.indexes()?.unwrap_or(wanted), source.archive.answers()?)))
                 .await?;
         let is_first = self.parents.first().is_some_and(|(first, _)| *first == empty.from);
@@ -205,11 +205,11 @@ impl<'a> Copying<'a> {
             let indexes = is_first.then(|| indexes.clone());
             self.write_seed(*child, Seed { indexes, ..self.seed_for(*child, empty) }).await?;
             // In their order: the oldest are forgotten first.
-            for answers in answers.chunks(ANSWERS_AT_ONCE) {
+            for answers in answers.whole.chunks(ANSWERS_AT_ONCE) {
                 let answers = answers.to_vec();
                 self.write_seed(*child, Seed { answers, ..self.seed_for(*child, empty) }).await?;
             }
-            for answers in partial.chunks(ANSWERS_AT_ONCE) {
+            for answers in answers.partial.chunks(ANSWERS_AT_ONCE) {
                 let seed = SeedPartial { by: self.by, from: empty.from, answers: answers.to_vec() };
                 self.write(*child, &Command::SeedPartial(Box::new(seed))).await?;
             }

@@ -43,7 +43,7 @@ impl Snapshots {
             SnapshotData::Export(export) => {
                 // For a node that is not there nothing is written, and no log is kept.
                 link.beat().await?;
-                if !self.spools().has_room() {
+                if !self.spools().are_of_use() {
                     let header = Header { group, target, vote, meta, resumed: None }.write();
                     let pieces = paced(pieces(header.into(), export), self.throttle().clone());
                     return link.snapshot(pieces.boxed(), SEND_TIMEOUT).await;

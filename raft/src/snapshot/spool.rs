@@ -161,6 +161,8 @@ pub(crate) struct Spools {
     found: Mutex<HashMap<GroupId, Arc<Spool>>>,
     shelf: Mutex<HashMap<GroupId, Arc<Spool>>>,
     has_room: AtomicBool,
+    /// Whether every member knows what an offer is.
+    are_understood: AtomicBool,
 }
 
 impl Spools {
@@ -183,7 +185,8 @@ impl Spools {
             std::fs::remove_file(path)?;
         }
         let (found, shelf) = (Mutex::new(found), Mutex::default());
-        Ok(Spools { dir: dir.to_owned(), found, shelf, has_room: AtomicBool::new(true) })
+        let (has_room, are_understood) = (AtomicBool::new(true), AtomicBool::new(true));
+        Ok(Spools { dir: dir.to_owned(), found, shelf, has_room, are_understood })
     }
 
     /// Whether the disk has room for spools.
@@ -193,6 +196,15 @@ impl Spools {
 
     pub(crate) fn set_room(&self, has_room: bool) {
         self.has_room.store(has_room, Ordering::Relaxed);
+    }
+
+    /// Whether a spool can be made and offered.
+    pub(crate) fn are_of_use(&self) -> bool {
+        self.has_room() && self.are_understood.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_understood(&self, are_understood: bool) {
+        self.are_understood.store(are_understood, Ordering::Relaxed);
     }
 
     /// Puts a group's spool away until the group is open again.
