@@ -4,6 +4,7 @@
 //!  tests/*.rs ─▶ Cluster ─▶ Node (one process, its directory, its ports, its log)
 //!      │            └─ views of /admin/cluster: leaders, settled, converged
 //!      ├─▶ Points, Store, Writers ─▶ Client (deadline, retry with one Idempotency-Key) ─▶ Http
+//!      ├─▶ cli: the binary's other commands, against a node
 //!      └─▶ StatefulSet ─▶ Pod ─▶ Kubelet, Node: as Kubernetes would, by the numbers of k8s/base
 //!              └─ Service: one address for clients, and the pods that are ready behind it
 //! ```
@@ -21,6 +22,7 @@
 
 pub mod bench;
 pub mod binary;
+pub mod cli;
 pub mod client;
 pub mod cluster;
 pub mod container;

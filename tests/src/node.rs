@@ -111,6 +111,11 @@ impl Node {
         format!("{}:{}", self.host.address, self.ports.http)
     }
 
+    /// Where clients connect, as a URL.
+    pub fn url(&self) -> String {
+        format!("http://{}", self.http_address())
+    }
+
     /// Where peers connect.
     pub fn grpc_address(&self) -> String {
         format!("{}:{}", self.host.address, self.ports.grpc)

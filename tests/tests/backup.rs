@@ -8,13 +8,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
-use shoal_tests::binary::shoal;
 use shoal_tests::python::environment;
-use shoal_tests::wait_until;
 use shoal_tests::{
-    Client, Cluster, KEY, Points, Request, Store, Writers, documents, models, point, say, skip,
+    Client, Cluster, Points, Request, Store, Writers, cli, documents, models, point, say, skip, wait_until,
 };
 
 /// How long a command of the CLI may take.
@@ -32,23 +30,13 @@ const FILES: u32 = 12;
 
 /// Runs `shoal backup …` against a node and returns what it printed.
 async fn backup(cluster: &Cluster, arguments: &[&str]) -> Result<String> {
-    let mut command = shoal("backup")?;
-    command.args(arguments).args(["--url", &format!("http://{}", cluster.node(0).http_address())]);
-    command.args(["--api-key", KEY]).stdin(Stdio::null());
-    let running = tokio::process::Command::from(command).kill_on_drop(true).output();
-    let output =
-        tokio::time::timeout(COMMAND_TIMEOUT, running).await.context("the command does not end")??;
-    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    if !output.status.success() {
-        bail!("shoal backup {arguments:?}: {err}");
-    }
-    Ok(out.into_owned())
+    cli::run_at(&cluster.node(0).url(), &[&["backup"], arguments].concat(), COMMAND_TIMEOUT).await
 }
 
 /// Makes a backup and returns its id and the bytes that were new in it.
 async fn create(cluster: &Cluster, arguments: &[&str]) -> Result<(String, u64)> {
     let said = backup(cluster, &[&["create"], arguments].concat()).await?;
-    say(said.trim_end());
+    say(&said);
     let id = said.split_whitespace().nth(1).context("no id")?.to_owned();
     let head = cluster.any().json(&Request::get(format!("/admin/backups/{id}"))).await?;
     let new = head["new_bytes"].as_u64().with_context(|| format!("no size: {head}"))?;
@@ -209,7 +197,7 @@ async fn restore_watched(cluster: &Cluster, id: &str, arguments: &[&str], count:
     tokio::select! {
         watched = watch => watched,
         restored = backup(cluster, &arguments) => {
-            say(format!("{} in {:.1} s", restored?.trim_end(), started.elapsed().as_secs_f64()));
+            say(format!("{} in {:.1} s", restored?, started.elapsed().as_secs_f64()));
             Ok(())
         }
     }
@@ -251,7 +239,7 @@ async fn from_three_nodes_to_one_and_to_five() -> Result<()> {
     let (third, _) = create(&source, &[]).await?;
     let (part, _) = create(&source, &["--collection", "other"]).await?;
     let listed = backup(&source, &["list"]).await?;
-    say(listed.trim_end());
+    say(&listed);
     ensure!(
         !listed.contains(&first) && listed.contains(&id) && listed.contains(&third) && listed.contains(&part),
         "{listed}"

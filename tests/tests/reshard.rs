@@ -7,10 +7,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
-use shoal_tests::binary::shoal;
 use shoal_tests::documents::upload;
 use shoal_tests::{
-    Client, Cluster, Freshness, KEY, Points, Request, Searcher, Store, Writers, models, point, say, skip,
+    Client, Cluster, Freshness, Points, Request, Searcher, Store, Writers, cli, models, point, say, skip,
     wait_until,
 };
 
@@ -59,15 +58,7 @@ async fn changed(cluster: &Cluster, client: &Client, collection: &str, count: us
 
 /// Runs `shoal cluster …` against a node until it ends well.
 async fn order(cluster: &Cluster, arguments: &[&str]) -> Result<String> {
-    let mut command = shoal("cluster")?;
-    command.args(arguments).args(["--url", &format!("http://{}", cluster.node(0).http_address())]);
-    command.args(["--api-key", KEY]);
-    let running = tokio::process::Command::from(command).kill_on_drop(true).output();
-    let output = tokio::time::timeout(RESHARD_DEADLINE, running).await.context("it does not end")??;
-    let said = String::from_utf8_lossy(&output.stdout).into_owned();
-    let complaint = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "shoal cluster {arguments:?}: {complaint}");
-    Ok(said.trim_end().to_owned())
+    cli::run_at(&cluster.node(0).url(), &[&["cluster"], arguments].concat(), RESHARD_DEADLINE).await
 }
 
 /// Writes the same points again and again, all in one request, until it is told to stop: every write must be

@@ -8,12 +8,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
-use shoal_tests::binary::shoal;
 use shoal_tests::manifest::{Retention, paced};
 use shoal_tests::view::View;
 use shoal_tests::writers::verify;
 use shoal_tests::{
-    Freshness, KEY, PodManagement, Points, Request, Searcher, StatefulSet, Stopped, Writers, Written, point,
+    Freshness, PodManagement, Points, Request, Searcher, StatefulSet, Stopped, Writers, Written, cli, point,
     say, wait_until,
 };
 
@@ -38,6 +37,8 @@ const ROLLING_UPDATE: &str = "rolling update";
 const CHANGE_DEADLINE: Duration = Duration::from_secs(60);
 /// How long the CLI may take to drain a node, in seconds.
 const DRAIN_SECONDS: &str = "120";
+/// How long any command of the CLI may take: longer than a drain.
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(150);
 
 /// Writers and a searcher at the service, and what was done meanwhile.
 struct Load {
@@ -149,11 +150,7 @@ async fn check_everywhere(set: &StatefulSet, expected: &BTreeMap<u64, Value>) ->
 
 /// Runs `shoal cluster ORDER POD` against the service, as the manifest's comment tells an operator to.
 async fn operate(set: &StatefulSet, order: &[&str]) -> Result<()> {
-    let mut command = tokio::process::Command::from(shoal("cluster")?);
-    let output = command.args(order).args(["--url", &set.url(), "--api-key", KEY]).output().await?;
-    let error = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "shoal cluster {order:?}: {}: {error}", output.status);
-    Ok(())
+    cli::run_at(&set.url(), &[&["cluster"], order].concat(), COMMAND_TIMEOUT).await.map(drop)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
