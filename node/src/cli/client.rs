@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use reqwest::{Method, RequestBuilder, Response};
+use reqwest::{Method, RequestBuilder, Response, StatusCode};
 use serde_json::Value;
 
 /// Where the cluster is.
@@ -43,13 +43,25 @@ impl Client {
 
     /// Sends a request and reads a JSON answer; an error answer becomes its message.
     pub async fn send(&self, request: RequestBuilder) -> Result<Value> {
-        let response = request.send().await.with_context(|| format!("no answer from {}", self.args.url))?;
-        read(response).await
+        read(self.answer(request).await?).await
+    }
+
+    async fn answer(&self, request: RequestBuilder) -> Result<Response> {
+        request.send().await.with_context(|| format!("no answer from {}", self.args.url))
     }
 
     /// Sends a GET.
     pub async fn get(&self, path: &str) -> Result<Value> {
         self.send(self.request(Method::GET, path)).await
+    }
+
+    /// Sends a GET for what may not be there.
+    pub async fn find(&self, path: &str) -> Result<Option<Value>> {
+        let response = self.answer(self.request(Method::GET, path)).await?;
+        match response.status() {
+            StatusCode::NOT_FOUND => Ok(None),
+            _ => read(response).await.map(Some),
+        }
     }
 
     /// Sends a POST with a JSON body.

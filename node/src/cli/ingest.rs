@@ -1,9 +1,12 @@
 //! `shoal ingest DIR`: uploads what is not there yet, then waits until all of it is searchable.
 //!
-//! Resumable without a state file: a document's id is made of its path and bytes, so a second
-//! run finds what the first one uploaded and does no work for it.
+//! Resumable without a state file: a document's id is made of its store and its path, and the
+//! stored file knows the hash of its bytes. A second run uploads what the first one did not, and
+//! what has changed since: the new version takes the old one's place. The path is the whole one,
+//! so that files of two folders that are called the same do not replace each other; a folder that
+//! was moved is therefore a new one. What was deleted on this side stays in the store.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -22,6 +25,8 @@ use super::search::find_store;
 const UPLOADS: usize = 8;
 /// Attempts at one file.
 const ATTEMPTS: u32 = 20;
+/// The longest path that is kept as an attribute; of a longer one its beginning.
+const MAX_PATH_CHARS: usize = 500;
 /// How often progress is asked for.
 const POLL: Duration = Duration::from_millis(500);
 
@@ -46,8 +51,9 @@ pub struct IngestArgs {
 /// Runs the command.
 pub async fn run(args: IngestArgs) -> Result<()> {
     let client = Client::new(args.client.clone())?;
+    let root = args.path.canonicalize().with_context(|| format!("folder {}", args.path.display()))?;
     let mut files = Vec::new();
-    collect(&args.path, &args.ext, &mut files)?;
+    collect(&root, &args.ext, &mut files)?;
     files.sort();
     files.truncate(args.limit.unwrap_or(usize::MAX));
     if files.is_empty() {
@@ -63,7 +69,6 @@ pub async fn run(args: IngestArgs) -> Result<()> {
     println!("{} files into store {} ({store})", files.len(), args.store);
     let known = known_files(&client, &store).await?;
     let bar = ProgressBar::new(files.len() as u64).with_style(style("uploading"));
-    let root = if args.path.is_dir() { args.path.clone() } else { PathBuf::new() };
     let uploads =
         futures::stream::iter(files.iter().map(|file| upload(&client, &store, &root, file, &known)));
     let mut skipped = 0;
@@ -101,14 +106,14 @@ fn collect(path: &Path, endings: &[String], files: &mut Vec<PathBuf>) -> Result<
     Ok(())
 }
 
-async fn known_files(client: &Client, store: &str) -> Result<HashSet<String>> {
-    let mut known = HashSet::new();
+/// What the store has, by id.
+async fn known_files(client: &Client, store: &str) -> Result<HashMap<String, Value>> {
+    let mut known = HashMap::new();
     let mut after = String::new();
     loop {
         let page = client.get(&format!("/v1/vector_stores/{store}/files?limit=100&order=asc{after}")).await?;
         for file in page["data"].as_array().into_iter().flatten() {
-            let is_alive = matches!(file["status"].as_str(), Some("completed" | "in_progress"));
-            known.extend(file["id"].as_str().filter(|_| is_alive).map(str::to_owned));
+            known.extend(file["id"].as_str().map(|id| (id.to_owned(), file.clone())));
         }
         match (page["has_more"].as_bool(), page["last_id"].as_str()) {
             (Some(true), Some(last)) => after = format!("&after={last}"),
@@ -117,34 +122,57 @@ async fn known_files(client: &Client, store: &str) -> Result<HashSet<String>> {
     }
 }
 
+/// The id of a file's document in a store.
+fn document_id(store: &str, path: &Path) -> String {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(store.as_bytes()).update(&[0]).update(path.as_os_str().as_encoded_bytes());
+    format!("file-{}", &hasher.finalize().to_hex()[..32])
+}
+
 /// Uploads one file and attaches it. Returns whether there was anything to do.
 async fn upload(
     client: &Client,
     store: &str,
     root: &Path,
     path: &Path,
-    known: &HashSet<String>,
+    known: &HashMap<String, Value>,
 ) -> Result<bool> {
     let bytes = tokio::fs::read(path).await.with_context(|| format!("file {}", path.display()))?;
-    let relative = path.strip_prefix(root).unwrap_or(path).to_string_lossy().into_owned();
-    let mut hasher = blake3::Hasher::new();
-    hasher.update(relative.as_bytes()).update(&[0]).update(&bytes);
-    let id = format!("file-{}", &hasher.finalize().to_hex()[..32]);
-    if known.contains(&id) {
-        return Ok(false);
-    }
+    let hash = blake3::hash(&bytes).to_hex();
+    let id = document_id(store, path);
     let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let relative = path.strip_prefix(root).ok().filter(|relative| !relative.as_os_str().is_empty());
+    let relative = relative.map_or_else(|| name.clone(), |relative| relative.to_string_lossy().into_owned());
+    let shown: String = relative.chars().take(MAX_PATH_CHARS).collect();
+    let mut body = json!({"file_id": id, "attributes": {"path": shown}});
+    let known = known.get(&id);
+    if let Some(known) = known {
+        // Whatever was changed since the first run stays as it is.
+        for field in ["attributes", "chunking_strategy"] {
+            body[field] = known[field].clone();
+        }
+    }
     let mut attempt = 1;
     loop {
         let sent = async {
-            let part = Part::bytes(bytes.clone()).file_name(name.clone());
-            let form = Form::new().text("purpose", "assistants").text("id", id.clone()).part("file", part);
-            client.send(client.request(Method::POST, "/v1/files").multipart(form)).await?;
-            let body = json!({"file_id": id, "attributes": {"path": relative.chars().take(500).collect::<String>()}});
-            client.post(&format!("/v1/vector_stores/{store}/files"), &body).await
+            let stored = match known {
+                Some(_) => client.find(&format!("/v1/files/{id}")).await?,
+                None => None,
+            };
+            let is_stored = stored.is_some_and(|stored| stored["blake3"] == hash.as_str());
+            if !is_stored {
+                let part = Part::bytes(bytes.clone()).file_name(name.clone());
+                let form =
+                    Form::new().text("purpose", "assistants").text("id", id.clone()).part("file", part);
+                client.send(client.request(Method::POST, "/v1/files").multipart(form)).await?;
+            }
+            // Also what is stored is attached again: a run may have ended between the two. What the store has
+            // in this version already is no work for it.
+            let attached = client.post(&format!("/v1/vector_stores/{store}/files"), &body).await?;
+            anyhow::Ok(!is_stored || known.is_none_or(|known| attached["status"] != known["status"]))
         };
         match sent.await {
-            Ok(_) => return Ok(true),
+            Ok(has_worked) => return Ok(has_worked),
             Err(error) if attempt == ATTEMPTS => {
                 return Err(error.context(format!("file {}", path.display())));
             }

@@ -51,7 +51,7 @@ enum Command {
         #[arg(long)]
         ready: bool,
     },
-    /// Upload a folder and make it searchable; run it again to go on where it stopped.
+    /// Upload a folder and make it searchable; run it again to go on where it stopped, or after changes.
     Ingest(ingest::IngestArgs),
     /// Search a vector store.
     Search(search::SearchArgs),
