@@ -4,6 +4,7 @@ SHELL := /bin/bash
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 NODES ?= 3
 DOCS ?=
+BASE_PORT ?= 6333
 SCHEMAS := $(TARGET)/python-kubernetes
 # The commit that upgrades begin with; deploy/old-build.sh chooses one when it is empty.
 OLD ?=
@@ -11,9 +12,10 @@ OLD ?=
 .PHONY: run test manifests bench chaos chaos-ci chaos-all chaos-docker chaos-planted upgrade-test \
 	chaos-tools build model setup lint doc fmt
 
-## A cluster of NODES nodes on this machine, a corpus ingested, one search answered. Ctrl-C stops it.
+## A cluster of NODES nodes on this machine, a corpus ingested (DOCS, or a sample), one search answered. Ctrl-C stops it.
+## It listens on BASE_PORT and the ports after it, ten for each node.
 run: build model
-	@SHOAL_BIN=$(TARGET)/release/shoal NODES=$(NODES) DOCS="$(DOCS)" deploy/run-local.sh
+	@SHOAL_BIN=$(TARGET)/release/shoal NODES=$(NODES) DOCS="$(DOCS)" BASE_PORT=$(BASE_PORT) deploy/run-local.sh
 
 ## All tests: unit, conformance, property, whole-system with real processes, chaos, deployment files.
 test: setup chaos-tools model build
@@ -21,6 +23,7 @@ test: setup chaos-tools model build
 	$(MAKE) chaos-ci
 	python3 tests/deploy/check_metrics.py --self-test
 	$(MAKE) manifests
+	tests/deploy/run_local_test.sh $(TARGET)/release/shoal
 	tests/deploy/compose_test.sh $(TARGET)/release/shoal
 
 ## The files for running Shoal agree with each other, with the node and with the schemas of Kubernetes. The schemas come
