@@ -196,7 +196,7 @@ impl Node {
         command.args(["--name", &self.name]).arg("--data").arg(self.data_dir());
         command.args(["--http", &self.http_address(), "--grpc", &self.grpc_address()]);
         command.args(["--mesh", &self.mesh_address()]);
-        command.args(["--api-key", KEY, "--log-format", "text"]).arg("--models").arg(&self.models);
+        command.args(["--api-key", KEY]).arg("--models").arg(&self.models);
         if !self.join.is_empty() {
             command.args(["--join", &self.join.join(","), "--expect", &self.expect.to_string()]);
         }

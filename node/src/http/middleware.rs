@@ -26,7 +26,8 @@ const MAX_REQUEST_ID_BYTES: usize = 128;
 /// Paths that need no key: they tell only whether the node lives.
 const OPEN: [&str; 5] = ["/health/live", "/health/ready", "/healthz", "/livez", "/readyz"];
 
-/// One log line and one measurement per request.
+/// One log line and one measurement per request. What comes every few seconds from probes and from
+/// Prometheus is logged at `debug` only.
 pub(super) async fn observe(mut request: Request, next: Next) -> Response {
     let started = Instant::now();
     let method = request.method().clone();
@@ -37,7 +38,8 @@ pub(super) async fn observe(mut request: Request, next: Next) -> Response {
     let staleness = Staleness::default();
     request.extensions_mut().insert(staleness.clone());
     gauge!("shoal_http_in_flight").increment(1.0);
-    let span = tracing::info_span!("request", request_id = id);
+    // A span of the highest level: whatever is logged within has the id, at every level of the log.
+    let span = tracing::error_span!("request", request_id = id);
     let mut response = next.run(request).instrument(span.clone()).await;
     gauge!("shoal_http_in_flight").decrement(1.0);
     let status = response.status();
@@ -48,17 +50,24 @@ pub(super) async fn observe(mut request: Request, next: Next) -> Response {
         let age = age.map_or(HeaderValue::from_static("unknown"), HeaderValue::from);
         response.headers_mut().insert(STALENESS, age);
     }
+    let _in_span = span.enter();
+    let (milliseconds, code) = (started.elapsed().as_secs_f64() * 1e3, status.as_u16());
+    if is_probe(&path) {
+        tracing::debug!(%method, path, route, status = code, milliseconds, "request");
+    } else if status.is_server_error() {
+        tracing::warn!(%method, path, route, status = code, milliseconds, "request");
+    } else {
+        tracing::info!(%method, path, route, status = code, milliseconds, "request");
+    }
     let labels = [("method", method.to_string()), ("path", route), ("status", status.as_u16().to_string())];
     counter!("http_requests_total", &labels).increment(1);
     histogram!("http_request_duration_seconds", &labels).record(started.elapsed());
-    let _in_span = span.enter();
-    let milliseconds = started.elapsed().as_secs_f64() * 1e3;
-    if status.is_server_error() && !OPEN.contains(&path.as_str()) {
-        tracing::warn!(%method, path, status = status.as_u16(), milliseconds, "request");
-    } else {
-        tracing::debug!(%method, path, status = status.as_u16(), milliseconds, "request");
-    }
     response
+}
+
+/// Whether machines ask for a path again and again, to know how this node is.
+fn is_probe(path: &str) -> bool {
+    OPEN.contains(&path) || matches!(path, "/health" | "/health/detailed" | "/metrics")
 }
 
 fn request_id(headers: &HeaderMap) -> String {

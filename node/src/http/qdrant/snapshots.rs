@@ -16,6 +16,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use shoal_actors::backup::{Begun, Receipt, ReceiveLimits, Received, Snapshot, Target};
 use shoal_proto::{Error, Position};
+use tracing::Instrument;
 use utoipa::{IntoParams, ToSchema};
 
 use super::collections::refuse_internal;
@@ -301,10 +302,11 @@ pub(super) async fn recover(
     let place = place(&app, name, request.priority.as_deref()).await?;
     let (checksum, api_key) = (request.checksum, request.api_key);
     // A task of its own: it goes on when nobody waits for it any more.
-    let recovering = tokio::spawn(async move {
+    let recovering = async move {
         let recovered = bring_and_recover(&app, location, place, checksum, api_key).await;
         recovered.inspect_err(|error| tracing::warn!(%error, "a snapshot was not recovered"))
-    });
+    };
+    let recovering = tokio::spawn(recovering.in_current_span());
     if query.wait == Some(false) {
         return Ok(accepted(started));
     }
