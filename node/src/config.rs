@@ -257,8 +257,10 @@ pub struct Limits {
     pub queue_milliseconds: u64,
     /// Seconds that a request may take when the client does not say.
     pub request_seconds: u64,
-    /// Seconds in which a client must have sent its headers.
+    /// Seconds in which a client must have sent its headers, from 1.
     pub header_seconds: u64,
+    /// The longest pause of a client in the middle of a body, in seconds, from 1.
+    pub body_pause_seconds: u64,
     /// How fresh reads are when the client does not say: `linearizable`, `session`, `eventual`.
     pub default_consistency: ConsistencySetting,
 }
@@ -374,6 +376,7 @@ impl Default for Limits {
             queue_milliseconds: 1000,
             request_seconds: 10,
             header_seconds: 10,
+            body_pause_seconds: 10,
             default_consistency: ConsistencySetting::default(),
         }
     }
@@ -500,6 +503,8 @@ impl Config {
             "backup.target: {target} is neither the absolute path of a directory nor s3://bucket/prefix"
         );
         ensure!(self.limits.body_bytes <= 60 << 20, "limits.body_bytes: at most 60 MiB fit into the log");
+        ensure!(self.limits.header_seconds >= 1, "limits.header_seconds: less than 1");
+        ensure!(self.limits.body_pause_seconds >= 1, "limits.body_pause_seconds: less than 1");
         ensure!(
             self.tls_cert.as_os_str().is_empty() == self.tls_key.as_os_str().is_empty(),
             "tls_cert and tls_key go together"

@@ -9,6 +9,7 @@ mod grpc;
 mod http;
 mod log;
 mod metrics;
+mod prompt;
 mod serve;
 
 use std::process::ExitCode;

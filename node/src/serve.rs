@@ -28,6 +28,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::app::App;
 use crate::config::Config;
+use crate::prompt::PromptAcceptor;
 use crate::{certificate, grpc, http, log, metrics};
 
 /// How long requests that are under way may go on after a stop was asked for.
@@ -104,11 +105,13 @@ async fn serve_http(app: App, handle: Handle<std::net::SocketAddr>) -> Result<()
             .context("TLS certificate and key")?;
         metrics::set_certificate_expiry(certificate_expiry(&config.tls_cert).await?);
         let acceptor = RustlsAcceptor::new(tls).acceptor(NoDelayAcceptor::new());
+        let acceptor = PromptAcceptor::new(acceptor, header_timeout);
         let mut server = axum_server::from_tcp(listener)?.acceptor(acceptor).handle(handle);
         server.http_builder().http1().timer(TokioTimer::new()).header_read_timeout(header_timeout);
         return Ok(server.serve(service).await?);
     }
-    let mut server = axum_server::from_tcp(listener)?.acceptor(NoDelayAcceptor::new()).handle(handle);
+    let acceptor = PromptAcceptor::new(NoDelayAcceptor::new(), header_timeout);
+    let mut server = axum_server::from_tcp(listener)?.acceptor(acceptor).handle(handle);
     server.http_builder().http1().timer(TokioTimer::new()).header_read_timeout(header_timeout);
     Ok(server.serve(service).await?)
 }

@@ -48,9 +48,6 @@ const MAX_REQUEST_SECONDS: u64 = 600;
 /// What a form may have besides the file in it, in bytes.
 const FORM_BYTES: usize = 1 << 20;
 
-/// The longest pause in the middle of a body: a client that sends nothing keeps nothing waiting.
-const MAX_BODY_PAUSE: Duration = Duration::from_secs(10);
-
 /// All routes.
 pub fn router(app: App) -> Router {
     let limits = &app.config().limits;
@@ -64,7 +61,8 @@ pub fn router(app: App) -> Router {
         .fallback(middleware::not_found)
         .method_not_allowed_fallback(middleware::method_not_allowed)
         .layer(DefaultBodyLimit::max(limits.body_bytes))
-        .layer(RequestBodyTimeoutLayer::new(MAX_BODY_PAUSE))
+        // A client that sends nothing keeps nothing waiting.
+        .layer(RequestBodyTimeoutLayer::new(Duration::from_secs(limits.body_pause_seconds)))
         // Limits hold for what a body inflates to.
         .layer(RequestDecompressionLayer::new())
         .layer(TimeoutLayer::with_status_code(
