@@ -52,6 +52,82 @@ async fn points_are_written_read_searched_and_deleted() -> Result<()> {
 }
 
 #[tokio::test]
+async fn the_older_form_of_a_search_finds_the_same() -> Result<()> {
+    let cluster = Cluster::of(1).start().await?;
+    let client = cluster.client(0);
+    let points = Points::of(client, "c");
+    points.create(2, 1).await?;
+    let parity = |id: u64| if id.is_multiple_of(2) { "even" } else { "odd" };
+    let all: Vec<Value> = (1..=20).map(|id| point(id, json!({"n": id, "parity": parity(id)}))).collect();
+    points.upsert(&all).await?;
+    let ask = async |path: &str, body: &Value| -> Result<Value> {
+        let path = format!("/collections/c/points/{path}");
+        Ok(client.json(&Request::ask(path, body)).await?["result"].take())
+    };
+
+    // Hits are an array of their own here, and a field of the result in the newer form.
+    let filter = json!({"must": [{"key": "parity", "match": {"value": "even"}}]});
+    let mut search = json!({
+        "vector": vector(7), "limit": 3, "offset": 1, "filter": filter, "score_threshold": -2.0,
+        "params": {"exact": true}, "with_payload": ["n"], "with_vector": true,
+    });
+    let found = ask("search", &search).await?;
+    let mut query = search.clone();
+    let near = query.as_object_mut().and_then(|query| query.remove("vector")).context("a vector")?;
+    query["query"] = near;
+    let by_query = ask("query", &query).await?;
+    ensure!(found == by_query["points"], "{found} is not {by_query}");
+    let hits = found.as_array().context("hits")?;
+    assert_eq!(hits.len(), 3);
+    for hit in hits {
+        let n = hit["payload"]["n"].as_u64().with_context(|| format!("no payload: {hit}"))?;
+        ensure!(hit["id"] == n && n.is_multiple_of(2), "{hit}");
+        ensure!(hit["payload"].get("parity").is_none(), "more of the payload than was asked for: {hit}");
+        ensure!(hit["vector"].as_array().is_some_and(|vector| vector.len() == 4), "no vector: {hit}");
+        ensure!(hit["score"].is_number() && hit["version"].is_number(), "{hit}");
+    }
+
+    // Without more, the payload stays where it is, and what scores too low is left out.
+    let best = ask("search", &json!({"vector": vector(7), "limit": 20, "score_threshold": 0.999})).await?;
+    let best = best.as_array().context("hits")?;
+    ensure!(best.first().is_some_and(|hit| hit["id"] == 7 && hit["payload"].is_null()), "{best:?}");
+    ensure!(best.iter().all(|hit| hit["score"].as_f64().is_some_and(|score| score >= 0.999)), "{best:?}");
+
+    search["offset"] = json!(0);
+    let batch = json!({"searches": [search, {"vector": vector(8), "limit": 1}]});
+    let found = ask("search/batch", &batch).await?;
+    let [first, second] = found.as_array().map(Vec::as_slice).unwrap_or_default() else {
+        anyhow::bail!("not two lists: {found}")
+    };
+    let first = first.as_array().context("hits")?;
+    assert_eq!((first.len(), &first[1..]), (3, &hits[..2]), "it is not the page one before");
+    assert_eq!((second.as_array().map(Vec::len), &second[0]["id"]), (Some(1), &json!(8)));
+
+    // A vector by its name, and what cannot be searched.
+    let vectors = json!({"title": {"size": 4, "distance": "Dot"}});
+    client.succeed(&Request::put("/collections/named", &json!({"vectors": vectors}))).await?;
+    let named = json!({"points": [{"id": 1, "vector": {"title": vector(1)}}]});
+    client.succeed(&Request::put("/collections/named/points?wait=true", &named)).await?;
+    let search = json!({"vector": {"name": "title", "vector": vector(1)}, "limit": 1});
+    let answer = client.json(&Request::ask("/collections/named/points/search", &search)).await?;
+    assert_eq!(answer["result"][0]["id"], 1, "{answer}");
+    let too_many = vec![json!({"vector": vector(1), "limit": 1}); 101];
+    let refusals = [
+        ("search", json!({"vector": [1, 2, 3], "limit": 1}), "dimension"),
+        ("search", json!({"vector": {"name": "cover", "vector": vector(1)}, "limit": 1}), "cover"),
+        ("search", json!({"limit": 1}), "vector"),
+        ("search", json!({"query": vector(1), "limit": 1}), "query"),
+        ("search/batch", json!({"searches": [{"vector": vector(1), "limit": 0}]}), "limit"),
+        ("search/batch", json!({"searches": too_many}), "searches"),
+    ];
+    for (path, body, word) in refusals {
+        let reply = client.once(&Request::ask(format!("/collections/c/points/{path}"), &body)).await?;
+        ensure!(reply.status == 400 && reply.text().contains(word), "{path} {word}: {}", reply.text());
+    }
+    cluster.finish()
+}
+
+#[tokio::test]
 async fn a_repeated_write_is_applied_once() -> Result<()> {
     let cluster = Cluster::of(1).start().await?;
     let points = Points::of(cluster.client(0), "c");
