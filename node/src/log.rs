@@ -19,6 +19,12 @@ type Setter = dyn Fn(EnvFilter) -> Result<(), reload::Error> + Send + Sync;
 pub struct LogLevel(Arc<Setter>);
 
 impl LogLevel {
+    /// A handle to no log at all.
+    #[cfg(test)]
+    pub fn of_nothing() -> LogLevel {
+        LogLevel(Arc::new(|_| Ok(())))
+    }
+
     /// Changes the level. Takes a level or `tracing` directives.
     ///
     /// # Errors

@@ -27,6 +27,8 @@ mod openapi;
 mod operate;
 pub mod points;
 mod qdrant;
+#[cfg(test)]
+mod tests;
 mod unique;
 
 use std::time::Duration;
