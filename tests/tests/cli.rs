@@ -126,6 +126,22 @@ async fn a_run_that_ended_in_between_is_taken_up_again() -> Result<()> {
 }
 
 #[tokio::test]
+async fn a_model_is_checked() -> Result<()> {
+    let empty = tempfile::tempdir()?;
+    let nothing = empty.path().to_str().context("text")?;
+    let missing = cli::run(&["model", "check", "--models", nothing], DEADLINE).await.expect_err("no model");
+    ensure!(format!("{missing:#}").contains("run `make model`"), "{missing:#}");
+    let Some(models) = models() else {
+        skip("a_model_is_checked", "there are no models");
+        return Ok(());
+    };
+    let models = models.to_str().context("text")?;
+    let said = cli::run(&["model", "check", "--models", models], DEADLINE).await?;
+    ensure!(said.starts_with("multilingual-e5-small in ") && said.contains(" 384 dimensions"), "{said}");
+    Ok(())
+}
+
+#[tokio::test]
 async fn what_the_cluster_is_and_what_goes_wrong_is_said() -> Result<()> {
     let cluster = Cluster::of(1).start().await?;
     let url = cluster.node(0).url();

@@ -4,6 +4,7 @@ mod backup;
 mod client;
 mod cluster;
 mod ingest;
+mod model;
 mod search;
 mod status;
 mod table;
@@ -42,6 +43,11 @@ enum Command {
     Backup {
         #[command(subcommand)]
         command: backup::BackupCommand,
+    },
+    /// Look after embedding models.
+    Model {
+        #[command(subcommand)]
+        command: model::ModelCommand,
     },
     /// Exit with 0 when a node lives (or is ready).
     Health {
@@ -91,6 +97,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Status(client) => runtime()?.block_on(status::run(client)),
         Command::Cluster { command } => runtime()?.block_on(cluster::run(command)),
         Command::Backup { command } => runtime()?.block_on(backup::run(command)),
+        Command::Model { command } => model::run(command),
         Command::Health { client, ready } => runtime()?.block_on(status::health(client, ready)),
         Command::Ingest(args) => runtime()?.block_on(ingest::run(args)),
         Command::Search(args) => runtime()?.block_on(search::run(args)),
