@@ -3,7 +3,7 @@
 //! ```text
 //!  write: route ─▶ leader known? ─▶ propose here, or one hop ─▶ applied ─▶ outcome + position
 //!                      ▲    nobody leads, or it moved: look again until the deadline
-//!  read:  local replica if there is one ─▶ fresh enough? (read index / position) ─▶ answer
+//!  read:  local replica, else the least loaded one ─▶ fresh enough? (read index / position) ─▶ answer
 //! ```
 //!
 //! A write is retried here only when nothing was proposed, or when it carries a request id,
@@ -33,6 +33,7 @@ use crate::levels::Promise;
 use crate::limits;
 use crate::mesh;
 use crate::placement::Plan;
+use crate::turns::{Asked, Candidate, Place, UnderWay};
 use crate::work::Work;
 
 /// A shard replica that is open on this node.
@@ -116,6 +117,9 @@ struct Inner {
     reads: Semaphore,
     latencies: Latencies,
     reads_waiting: AtomicUsize,
+    under_way: UnderWay,
+    /// Counts reads, so that each begins at another one of equal replicas.
+    rotation: AtomicUsize,
     shard_proposals: RwLock<HashMap<GroupId, Arc<Semaphore>>>,
     writable: std::sync::atomic::AtomicBool,
     disk_free_bytes: AtomicU64,
@@ -140,6 +144,8 @@ impl Cluster {
             reads: Semaphore::new(limits::MAX_READS),
             latencies: Latencies::default(),
             reads_waiting: AtomicUsize::new(0),
+            under_way: UnderWay::default(),
+            rotation: AtomicUsize::new(0),
             shard_proposals: RwLock::default(),
             writable: std::sync::atomic::AtomicBool::new(true),
             disk_free_bytes: AtomicU64::new(0),
@@ -454,6 +460,34 @@ impl Cluster {
         turn.copied().or(alone)
     }
 
+    /// Who could answer a question about a shard; none when there is no such shard any more.
+    fn candidates(&self, shard: ShardId) -> Option<Vec<Candidate>> {
+        let state = self.state();
+        let replicas = &state.shards.get(&shard)?.replicas;
+        let is_here = self.local_shard(shard).is_some();
+        let place = |node: NodeId| match node == self.node() {
+            true if is_here => Some(Place::Here),
+            // It is not open yet, or not any more.
+            true => None,
+            false if replicas.contains(&node) => Some(Place::Replica),
+            false => Some(Place::Elsewhere),
+        };
+        let others = state.nodes.keys().filter(|node| !replicas.contains(node));
+        let candidates = replicas.iter().chain(others).filter_map(|node| {
+            Some(Candidate {
+                node: *node,
+                place: place(*node)?,
+                is_silent: *node != self.node() && self.inner.groups.is_silent(*node),
+                under_way: self.inner.under_way.to(*node),
+            })
+        });
+        Some(candidates.collect())
+    }
+
+    fn nobody_asked(&self) -> Asked {
+        Asked::nobody(self.inner.rotation.fetch_add(1, Ordering::Relaxed))
+    }
+
     /// Asks a question of a shard as [`Cluster::read`] does, and a second replica as well when
     /// the first is slower than its recent 95th percentile. The first good answer counts.
     ///
@@ -467,7 +501,8 @@ impl Cluster {
     ) -> Result<(Answer, u64), Error> {
         let started = Instant::now();
         let replicas = self.state().shards.get(&shard).map_or(0, |shard| shard.replicas.len());
-        let first = self.read_from(shard, question.clone(), options, 0);
+        let asked = self.nobody_asked();
+        let first = self.read_from(shard, question.clone(), options, &asked);
         tokio::pin!(first);
         let answered = match replicas {
             0 | 1 => first.await,
@@ -475,7 +510,7 @@ impl Cluster {
                 Ok(answered) => answered,
                 Err(_) => {
                     metrics::counter!("shoal_hedged_reads_total").increment(1);
-                    let second = self.read_from(shard, question, options, 1);
+                    let second = self.read_from(shard, question, options, &asked);
                     tokio::pin!(second);
                     match futures::future::select(first, second).await {
                         // No other replica of this shard would know better.
@@ -508,7 +543,7 @@ impl Cluster {
         question: Read,
         options: &ReadOptions,
     ) -> Result<(Answer, u64), Error> {
-        self.read_from(shard, question, options, 0).await
+        self.read_from(shard, question, options, &self.nobody_asked()).await
     }
 
     async fn read_from(
@@ -516,7 +551,7 @@ impl Cluster {
         shard: ShardId,
         question: Read,
         options: &ReadOptions,
-        first_attempt: usize,
+        asked: &Asked,
     ) -> Result<(Answer, u64), Error> {
         let group = GroupId::from(shard);
         let begins_at = self.state().shards.get(&shard).map_or(0, |shard| shard.begins_at);
@@ -525,21 +560,16 @@ impl Cluster {
             Consistency::Linearizable | Consistency::Eventual => begins_at,
         };
         let mut reason = String::from("no replica");
-        let mut attempt = first_attempt;
         while let Some(left) = left(options.deadline) {
-            let target = match self.local_shard(shard) {
-                // A replica of ours that cannot serve (it is far behind, or broken) is not
-                // asked twice in a row.
-                Some(_) if attempt.is_multiple_of(2) => self.node(),
-                _ => match self.some_member(group, attempt) {
-                    Some(member) => member,
-                    None => {
-                        let message = format!("shard {shard} does not exist any more");
-                        return Err(Error::new(ErrorCode::Stale, message));
-                    }
-                },
+            let Some(candidates) = self.candidates(shard) else {
+                let message = format!("shard {shard} does not exist any more");
+                return Err(Error::new(ErrorCode::Stale, message));
             };
-            attempt += 1;
+            let Some(target) = asked.next(&candidates) else {
+                // This node alone is to hold it and has not opened it yet.
+                tokio::time::sleep(limits::RETRY_PAUSE.min(left)).await;
+                continue;
+            };
             // A replica that does not answer must not use up the whole time.
             let patience = left.min(Duration::from_secs(2).max(left / 2));
             let call = Call::Read {
@@ -574,6 +604,7 @@ impl Cluster {
         if target == self.node() {
             return self.serve(call).await;
         }
+        let _counted = self.inner.under_way.begin(target);
         let is_write = matches!(call, Call::Propose { .. } | Call::ProposeFrozen { .. });
         if !is_write {
             // Small work goes over the mesh; what the mesh cannot do goes over gRPC.

@@ -65,6 +65,7 @@ pub mod service;
 mod shards;
 mod sweep;
 pub mod tls;
+mod turns;
 pub mod work;
 
 pub use call::Consistency;

@@ -105,6 +105,12 @@ impl Beats {
         self.0.lock().get(&node).is_some_and(|heard| heard.boot == boot && heard.missed < MISSED_BEATS)
     }
 
+    /// Whether a node has been silent for so long that the groups it leads wake. Nobody is before the
+    /// first beats.
+    fn is_silent(&self, node: NodeId) -> bool {
+        self.0.lock().get(&node).is_some_and(|heard| heard.missed >= MISSED_BEATS)
+    }
+
     /// When a node was last heard.
     pub(crate) fn heard_at(&self, node: NodeId) -> Option<Instant> {
         self.0.lock().get(&node)?.at
@@ -129,6 +135,11 @@ impl Beats {
 }
 
 impl Groups {
+    /// Whether a node has missed several beats in a row: it is asked last for what others know too.
+    pub fn is_silent(&self, node: NodeId) -> bool {
+        self.peers().beats().is_silent(node)
+    }
+
     /// Asks the other nodes whether they live, for as long as the process runs.
     pub async fn keep_watch(&self) {
         loop {
@@ -291,7 +302,9 @@ mod tests {
             assert_eq!(beats.note(node, None), Some(7));
         }
         assert!(!beats.is_up(node, 7), "nobody is put to sleep under a node that missed a beat");
+        assert!(!beats.is_silent(node) && !beats.is_silent(NodeId(3)));
         assert_eq!(beats.note(node, None), None);
+        assert!(beats.is_silent(node));
         assert_eq!(beats.note(node, Some(8)), Some(8), "another run of the process");
     }
 }

@@ -1,0 +1,60 @@
+//! Reads when a replica does not answer: another one is asked before anybody has waited long.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use shoal_tests::{Cluster, Freshness, Points, point, vector};
+
+/// How long a search may take that meets a silent replica: far below the node's own deadline of 10 s.
+const HEDGED: Duration = Duration::from_secs(2);
+
+/// The places of the nodes that hold the first shard of collection `c`, by their ids.
+async fn holders(cluster: &Cluster) -> Result<Vec<usize>> {
+    let shard = *cluster.shards("c").await?.first().context("no shard")?;
+    let view = cluster.node(0).view().await?;
+    let found = view.shards.iter().find(|found| found.id == shard).context("the shard is not placed")?;
+    let mut places = Vec::new();
+    for id in &found.replicas {
+        let name = &view.nodes.iter().find(|node| node.id == *id).context("an unknown node")?.name;
+        let place = (0..cluster.len()).find(|at| cluster.node(*at).name() == name);
+        places.push(place.with_context(|| format!("no node {name}"))?);
+    }
+    Ok(places)
+}
+
+#[tokio::test]
+async fn a_node_without_replica_asks_another_one_when_the_first_is_silent() -> Result<()> {
+    let mut cluster = Cluster::of(4).start().await?;
+    let points = Points::of(cluster.client(0), "c");
+    points.create(1, 3).await?;
+    let all: Vec<Value> = (1..=20).map(|id| point(id, json!({}))).collect();
+    points.upsert(&all).await?;
+    cluster.settled().await?;
+    cluster.converged().await?;
+    let holders = holders(&cluster).await?;
+    ensure!(holders.len() == 3, "the shard is on {holders:?}");
+    let outside = (0..4).find(|at| !holders.contains(at)).context("every node holds the shard")?;
+
+    // The one with the lowest id: the one that was always asked, by the first read and by its hedge.
+    // Any replica may answer, so that it does not matter whether it led the shard.
+    cluster.node_mut(holders[0]).pause()?;
+    let reader = cluster.client(outside);
+    for id in 1..=20 {
+        let started = Instant::now();
+        let hits = Points::of(reader, "c").at(Freshness::Eventual).search(&vector(id), 1, None).await?;
+        let took = started.elapsed();
+        ensure!(took < HEDGED, "search {id} took {took:?} although two replicas answer");
+        ensure!(hits.first().is_some_and(|hit| hit["id"] == id), "{hits:?} for {id}");
+    }
+    ensure!(reader.metric("shoal_hedged_reads_total").await? > 0.0, "no second replica was asked");
+    // Once there is a leader that is heard, nobody waits for the silent one either.
+    let shard = *cluster.shards("c").await?.first().context("no shard")?;
+    cluster.leader(shard).await?;
+    ensure!(Points::of(reader, "c").at(Freshness::Linearizable).count(None).await? == 20, "points are gone");
+    let started = Instant::now();
+    Points::of(reader, "c").at(Freshness::Linearizable).search(&vector(1), 1, None).await?;
+    ensure!(started.elapsed() < HEDGED, "a linearizable search took {:?}", started.elapsed());
+    cluster.node_mut(holders[0]).resume()?;
+    cluster.finish()
+}
