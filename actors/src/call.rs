@@ -123,6 +123,25 @@ pub(crate) enum Call {
     },
 }
 
+impl Call {
+    /// The label `kind` of the calls that are counted.
+    pub(crate) fn kind(&self) -> &'static str {
+        match self {
+            Call::Read { .. } => "read",
+            Call::ReadIndex { .. } => "read_index",
+            Call::Parse { .. } => "parse",
+            Call::Embed { .. } => "embed",
+            Call::Propose { .. }
+            | Call::StateSums { .. }
+            | Call::Report
+            | Call::Plan
+            | Call::TransferLeader { .. }
+            | Call::MissingBlobs { .. }
+            | Call::Tail { .. } => "other",
+        }
+    }
+}
+
 /// What came back.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) enum Reply {

@@ -31,7 +31,7 @@ use crate::call::{Call, Consistency, Reply};
 use crate::latencies::Latencies;
 use crate::levels::Promise;
 use crate::limits;
-use crate::mesh;
+use crate::mesh::{self, NoAnswer};
 use crate::placement::Plan;
 use crate::turns::{Asked, Candidate, Place, UnderWay};
 use crate::work::Work;
@@ -118,6 +118,7 @@ struct Inner {
     latencies: Latencies,
     reads_waiting: AtomicUsize,
     under_way: UnderWay,
+    mesh: mesh::Caller,
     /// Counts reads, so that each begins at another one of equal replicas.
     rotation: AtomicUsize,
     shard_proposals: RwLock<HashMap<GroupId, Arc<Semaphore>>>,
@@ -145,6 +146,7 @@ impl Cluster {
             latencies: Latencies::default(),
             reads_waiting: AtomicUsize::new(0),
             under_way: UnderWay::default(),
+            mesh: mesh::Caller::default(),
             rotation: AtomicUsize::new(0),
             shard_proposals: RwLock::default(),
             writable: std::sync::atomic::AtomicBool::new(true),
@@ -599,17 +601,20 @@ impl Cluster {
         Err(Error::unavailable(format!("shard {shard} did not answer in time ({reason})")))
     }
 
-    /// Calls a node: a function call when it is this one, gRPC otherwise.
+    /// Calls a node: a function call when it is this one, otherwise the mesh for what is small and gRPC
+    /// for what is not, or where there is no mesh. The time is for both ways together.
     pub(crate) async fn call(&self, target: NodeId, call: Call, timeout: Duration) -> Reply {
         if target == self.node() {
             return self.serve(call).await;
         }
         let _counted = self.inner.under_way.begin(target);
+        let deadline = Instant::now() + timeout;
         let is_write = matches!(call, Call::Propose { .. } | Call::ProposeFrozen { .. });
         if !is_write {
-            // Small work goes over the mesh; what the mesh cannot do goes over gRPC.
-            if let Some(reply) = mesh::ask(target, &call, timeout).await {
-                return reply;
+            match self.inner.mesh.ask(target, &call, timeout).await {
+                Ok(reply) => return reply,
+                Err(NoAnswer::TimedOut) => return Reply::Failed(Error::unavailable(late(target))),
+                Err(NoAnswer::TooLarge | NoAnswer::Unreachable) => {}
             }
         }
         let mut client = match self.inner.groups.peers().client(target, Lane::Fast) {
@@ -617,7 +622,7 @@ impl Cluster {
             Err(reason) => return Reply::Failed(Error::unavailable(reason)),
         };
         let request = CallRequest { group: 0, body: codec::encode(&call).into() };
-        match tokio::time::timeout(timeout, client.call(request)).await {
+        match tokio::time::timeout_at(deadline.into(), client.call(request)).await {
             Ok(Ok(reply)) => codec::decode(&reply.into_inner().body)
                 .unwrap_or_else(|error| Reply::Failed(Error::internal(format!("node {target}: {error}")))),
             Ok(Err(status)) => {
@@ -629,7 +634,7 @@ impl Cluster {
             }
             Err(_) => {
                 let code = if is_write { ErrorCode::Unknown } else { ErrorCode::Unavailable };
-                Reply::Failed(Error::new(code, format!("node {target} did not answer in time")))
+                Reply::Failed(Error::new(code, late(target)))
             }
         }
     }
@@ -848,6 +853,10 @@ fn is_idempotent(command: &Command) -> bool {
 
 fn passed_on(group: GroupId) -> Error {
     Error::new(ErrorCode::Stale, format!("the range of shard {group} is moving to other shards"))
+}
+
+fn late(node: NodeId) -> String {
+    format!("node {node} did not answer in time")
 }
 
 fn disk_full() -> Error {

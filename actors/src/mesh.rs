@@ -8,17 +8,18 @@
 //!
 //! The library does not redial, does not notice a silent partition, and kills a session at an
 //! oversized frame. So: sessions are dialled from a tick; remote references are looked up by
-//! group for every call and never kept; every call has a time-out, after which the caller uses
-//! gRPC; and nothing over [`limits::MAX_MESH_BYTES`] is sent. Its listener takes one handshake
+//! group for every call and never kept; every call has a time-out, and where it was not kept the
+//! node is asked over gRPC alone for a while ([`DOUBT`]); and nothing over [`limits::MAX_MESH_BYTES`] is sent. Its listener takes one handshake
 //! at a time, so that one silent stranger would close it to everybody: connections are accepted
 //! here ([`crate::tls`]), and the library's own listener sits on a loopback port that nobody
 //! is told of.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use ractor::rpc::CallResult;
 use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent, pg};
 use ractor_cluster::node::NodeConnectionMode;
@@ -45,6 +46,9 @@ const WORKERS: &str = "workers";
 const DIAL_TICK: Duration = Duration::from_millis(500);
 /// How long one dial may take.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a node is asked over gRPC alone after it did not answer over the mesh: the library does
+/// not notice a session that stands and carries nothing.
+const DOUBT: Duration = Duration::from_secs(10);
 /// How long a node may take to say whether it has room.
 const ROOM_TIMEOUT: Duration = Duration::from_millis(100);
 /// Calls that one node serves over the mesh at once; beyond them it says that it is busy.
@@ -136,22 +140,71 @@ impl ServerState {
     }
 }
 
-/// Asks a node over the mesh. None when there is no session, the call is too large, or the
-/// answer is or does not come: then the caller uses gRPC.
-pub(crate) async fn ask(node: NodeId, call: &Call, timeout: Duration) -> Option<Reply> {
-    if matches!(call, Call::Parse { bytes, .. } if bytes.len() > limits::MAX_MESH_BYTES / 2) {
-        return None;
+/// Why there is no answer over the mesh.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum NoAnswer {
+    /// It did not come in all the time there was: there is no point in asking in another way.
+    TimedOut,
+    /// Ask over gRPC: the call or its answer is too large for the mesh.
+    TooLarge,
+    /// Ask over gRPC: there is no session, or it has ended, or it has carried nothing of late.
+    Unreachable,
+}
+
+/// Asks nodes over the mesh, and remembers where that is of no use.
+#[derive(Default)]
+pub(crate) struct Caller {
+    /// When a node did not answer in time.
+    timed_out: Mutex<BTreeMap<NodeId, Instant>>,
+}
+
+impl Caller {
+    /// Asks a node, for as long as `timeout`.
+    ///
+    /// # Errors
+    /// Why it is to be asked in another way, or not any more.
+    pub(crate) async fn ask(&self, node: NodeId, call: &Call, timeout: Duration) -> Result<Reply, NoAnswer> {
+        let asked = match self.is_doubted(node, Instant::now()) {
+            true => Err(NoAnswer::Unreachable),
+            false => ask(node, call, timeout).await,
+        };
+        let outcome = match &asked {
+            Ok(_) => "answered",
+            Err(NoAnswer::TimedOut) => "timed_out",
+            Err(NoAnswer::TooLarge) => "too_large",
+            Err(NoAnswer::Unreachable) => "unreachable",
+        };
+        metrics::counter!("shoal_mesh_calls_total", "kind" => call.kind(), "outcome" => outcome).increment(1);
+        if matches!(asked, Err(NoAnswer::TimedOut)) {
+            self.timed_out.lock().insert(node, Instant::now());
+        }
+        asked
     }
-    let member = pg::get_scoped_members(&SCOPE.to_owned(), &node_group(node)).into_iter().next()?;
+
+    fn is_doubted(&self, node: NodeId, now: Instant) -> bool {
+        let mut timed_out = self.timed_out.lock();
+        timed_out.retain(|_, at| now.duration_since(*at) < DOUBT);
+        timed_out.contains_key(&node)
+    }
+}
+
+async fn ask(node: NodeId, call: &Call, timeout: Duration) -> Result<Reply, NoAnswer> {
+    // The length of these bytes is known without encoding them.
+    if matches!(call, Call::Parse { bytes, .. } if bytes.len() > limits::MAX_MESH_BYTES / 2) {
+        return Err(NoAnswer::TooLarge);
+    }
+    let members = pg::get_scoped_members(&SCOPE.to_owned(), &node_group(node));
+    let member = members.into_iter().next().ok_or(NoAnswer::Unreachable)?;
     if codec::encoded_len(call) > limits::MAX_MESH_BYTES {
-        return None;
+        return Err(NoAnswer::TooLarge);
     }
     let server: ActorRef<ServerMessage> = member.into();
     let call = call.clone();
     match server.call(|port| ServerMessage::Serve(Wire(Ok(call)), port), Some(timeout)).await {
-        Ok(CallResult::Success(Wire(Ok(Reply::UseGrpc)))) => None,
-        Ok(CallResult::Success(Wire(Ok(reply)))) => Some(reply),
-        _ => None,
+        Ok(CallResult::Success(Wire(Ok(Reply::UseGrpc)))) => Err(NoAnswer::TooLarge),
+        Ok(CallResult::Success(Wire(Ok(reply)))) => Ok(reply),
+        Ok(CallResult::Timeout) => Err(NoAnswer::TimedOut),
+        _ => Err(NoAnswer::Unreachable),
     }
 }
 
@@ -314,4 +367,19 @@ fn open_session(sessions: &ActorRef<NodeServerMessage>, incoming: Incoming) {
 
 fn session_name(node: NodeId) -> String {
     format!("shoal{node}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_node_that_did_not_answer_over_the_mesh_is_asked_over_grpc_for_a_while() {
+        let (caller, node, now) = (Caller::default(), NodeId(2), Instant::now());
+        caller.timed_out.lock().insert(node, now);
+        assert!(caller.is_doubted(node, now) && !caller.is_doubted(NodeId(3), now));
+        let asked = caller.ask(node, &Call::Report, Duration::from_secs(1)).await;
+        assert!(matches!(asked, Err(NoAnswer::Unreachable)), "{asked:?}");
+        assert!(!caller.is_doubted(node, now + DOUBT));
+    }
 }

@@ -19,6 +19,10 @@ const SECONDS: [f64; 14] =
 const ROLES: [&str; 5] = ["leader", "follower", "learner", "candidate", "stopped"];
 /// The states of a document, as the label `state`, in the order of the engine's numbers.
 const STATES: [&str; 4] = ["in_progress", "completed", "failed", "cancelled"];
+/// The calls that go over the mesh, as the label `kind`.
+const MESH_CALLS: [&str; 5] = ["read", "read_index", "parse", "embed", "other"];
+/// What came of them, as the label `outcome`. After the last two the node is asked over gRPC.
+const MESH_OUTCOMES: [&str; 4] = ["answered", "timed_out", "too_large", "unreachable"];
 /// Bounds of batch sizes.
 const BATCHES: [f64; 10] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 1024.0];
 
@@ -83,6 +87,10 @@ fn describe() {
         "Time for which a split or a merge kept writes waiting"
     );
     describe_gauge!("shoal_mesh_sessions", "Sessions of the actor mesh");
+    describe_counter!(
+        "shoal_mesh_calls_total",
+        "Calls to other nodes over the actor mesh; those that are too large for it or find no session go over gRPC"
+    );
     describe_gauge!("shoal_nodes", "Members of the cluster");
     describe_gauge!(
         "shoal_tls_certificate_expires_timestamp_seconds",
@@ -102,6 +110,11 @@ fn describe() {
     }
     for result in ["ok", "failed"] {
         metrics::counter!("shoal_reshards_total", "result" => result).absolute(0);
+    }
+    for kind in MESH_CALLS {
+        for outcome in MESH_OUTCOMES {
+            metrics::counter!("shoal_mesh_calls_total", "kind" => kind, "outcome" => outcome).absolute(0);
+        }
     }
     for counter in [
         "shoal_actor_restarts_total",

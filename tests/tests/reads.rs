@@ -1,10 +1,11 @@
-//! Reads when a replica does not answer: another one is asked before anybody has waited long.
+//! Reads when a replica does not answer: another one is asked before anybody has waited long, and a node
+//! that is silent costs its time-out once.
 
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
-use shoal_tests::{Cluster, Freshness, Points, point, vector};
+use shoal_tests::{Cluster, Freshness, Points, Request, point, vector};
 
 /// How long a search may take that meets a silent replica: far below the node's own deadline of 10 s.
 const HEDGED: Duration = Duration::from_secs(2);
@@ -56,5 +57,26 @@ async fn a_node_without_replica_asks_another_one_when_the_first_is_silent() -> R
     Points::of(reader, "c").at(Freshness::Linearizable).search(&vector(1), 1, None).await?;
     ensure!(started.elapsed() < HEDGED, "a linearizable search took {:?}", started.elapsed());
     cluster.node_mut(holders[0]).resume()?;
+    cluster.finish()
+}
+
+#[tokio::test]
+async fn a_silent_node_costs_the_time_out_once() -> Result<()> {
+    let mut cluster = Cluster::of(3).start().await?;
+    Points::of(cluster.client(0), "c").create(1, 1).await?;
+    cluster.settled().await?;
+    let holder = *holders(&cluster).await?.first().context("nobody holds the shard")?;
+    let reader = cluster.client((holder + 1) % 3).clone();
+    cluster.node_mut(holder).pause()?;
+    // Over the mesh, and then over gRPC because the mesh had no answer: each may take what is left.
+    let search = Request::ask("/collections/c/points/query?timeout=2", &json!({"query": vector(1)}));
+    for attempt in 1..=2 {
+        let started = Instant::now();
+        let reply = reader.once(&search).await?;
+        let took = started.elapsed();
+        ensure!(reply.status == 503, "attempt {attempt}: {} {}", reply.status, reply.text());
+        ensure!(took < Duration::from_millis(3200), "attempt {attempt} with a time of 2 s took {took:?}");
+    }
+    cluster.node_mut(holder).resume()?;
     cluster.finish()
 }
