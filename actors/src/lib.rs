@@ -57,6 +57,7 @@ pub mod parse;
 pub mod placement;
 mod replica;
 pub mod reshard;
+mod restarts;
 pub mod root;
 pub mod routing;
 mod scratch;
@@ -74,6 +75,8 @@ pub use root::{NodeConfig, Running, start};
 
 /// The built-in collection of `/v1/files`.
 pub const FILES_COLLECTION: &str = "_files";
+/// The exit code of a node of which one part failed again and again.
+pub const EXIT_PART_FAILED: i32 = 70;
 /// The exit code of a node that was removed from its cluster.
 pub const EXIT_REMOVED: i32 = 76;
 /// The exit code of a node whose build does not know the level that is in force, as of any that cannot start.

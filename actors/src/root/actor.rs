@@ -1,6 +1,9 @@
-//! The root actor: spawns the children and brings back the ones that fail.
+//! The root actor: spawns the children and brings back the ones that fail, after a pause that grows.
+//! Above it is only the process: a child that fails again and again ends it, so that whoever runs the
+//! node sees it and may put it elsewhere.
 
-use std::time::Duration;
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, SupervisionEvent};
 use ractor_cluster::RactorMessage;
@@ -10,11 +13,12 @@ use crate::ingest::{Ingests, IngestsArguments};
 use crate::mesh::{Mesh, MeshArguments, Server};
 use crate::placement::{Placement, PlacementArguments, PlacementLimits};
 use crate::reshard::{Reshards, ReshardsArguments};
+use crate::restarts::Restarts;
 use crate::shards::{Shards, ShardsArguments};
 use crate::work::Work;
 
-/// The pause before a failed child is started again.
-const RESTART_PAUSE: Duration = Duration::from_secs(1);
+/// After so many failures in a row, about four minutes of them, the node ends.
+const MAX_FAILURES: u32 = 12;
 
 pub(super) struct Root;
 
@@ -34,7 +38,7 @@ pub(super) enum RootMessage {
     Start(Child),
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Child {
     Mesh,
     Server,
@@ -51,6 +55,7 @@ const ALL: [Child; 6] =
 pub(super) struct RootState {
     arguments: RootArguments,
     children: Vec<(Child, ActorCell)>,
+    failures: BTreeMap<Child, Restarts>,
 }
 
 impl Actor for Root {
@@ -63,7 +68,7 @@ impl Actor for Root {
         myself: ActorRef<RootMessage>,
         arguments: RootArguments,
     ) -> Result<RootState, ActorProcessingErr> {
-        let mut state = RootState { arguments, children: Vec::new() };
+        let mut state = RootState { arguments, children: Vec::new(), failures: BTreeMap::new() };
         for child in ALL {
             let cell = state.spawn(child, myself.get_cell()).await?;
             state.children.push((child, cell));
@@ -82,7 +87,7 @@ impl Actor for Root {
                 Ok(cell) => state.children.push((child, cell)),
                 Err(error) => {
                     tracing::error!(?child, %error, "a part of the node does not start; will try again");
-                    myself.send_after(RESTART_PAUSE, move || RootMessage::Start(child));
+                    state.start_later(child, &myself);
                 }
             },
         }
@@ -106,7 +111,7 @@ impl Actor for Root {
         let (child, _) = state.children.remove(at);
         tracing::error!(?child, reason, "a part of the node failed and is started again");
         metrics::counter!("shoal_actor_restarts_total").increment(1);
-        myself.send_after(RESTART_PAUSE, move || RootMessage::Start(child));
+        state.start_later(child, &myself);
         Ok(())
     }
 
@@ -121,6 +126,17 @@ impl Actor for Root {
 }
 
 impl RootState {
+    /// Starts a child that has failed once its pause is over, or ends the node.
+    fn start_later(&mut self, child: Child, myself: &ActorRef<RootMessage>) {
+        let failures = self.failures.entry(child).or_default();
+        let pause = failures.note(Instant::now());
+        if failures.in_a_row() >= MAX_FAILURES {
+            tracing::error!(?child, "a part of the node fails again and again: this node stops");
+            std::process::exit(crate::EXIT_PART_FAILED);
+        }
+        myself.send_after(pause, move || RootMessage::Start(child));
+    }
+
     async fn spawn(&self, child: Child, parent: ActorCell) -> Result<ActorCell, ractor::SpawnErr> {
         let arguments = self.arguments.clone();
         let cluster = arguments.cluster.clone();
