@@ -3,7 +3,11 @@
 //! ```text
 //! Root
 //! ├─ Mesh        sessions to every member over ractor_cluster
-//! ├─ Server      serves other nodes' calls; member of the groups `node-<id>` and `workers`
+//! ├─ Server      serves other nodes' calls; member of the group `node-<id>`
+//! ├─ Pool        of parsers; member of the group `parsers`
+//! │   └─ Worker    one parse, in a child process
+//! ├─ Pool        of embedders; member of the group `embedders`
+//! │   └─ Worker    one batch
 //! ├─ Shards      one Shard actor per replica: opens engine and group, tends them
 //! ├─ Ingests     drives the documents of the shards that this node leads
 //! ├─ Placement   acts only where the control group's leader is
@@ -55,6 +59,7 @@ pub mod limits;
 mod mesh;
 pub mod parse;
 pub mod placement;
+mod pool;
 mod replica;
 pub mod reshard;
 mod restarts;

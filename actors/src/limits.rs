@@ -10,6 +10,8 @@ pub const MAX_PROPOSALS_PER_SHARD: usize = 512;
 pub const MAX_READS: usize = 64;
 /// The most reads that wait in line; beyond them the edge answers 429.
 pub const MAX_READS_WAITING: usize = 2048;
+/// The most files that wait for a parser of a node, and the most batches that wait for an embedder.
+pub const MAX_WORK_WAITING: usize = 512;
 /// The most points in one log entry; a larger upsert is split.
 pub const MAX_POINTS_PER_ENTRY: usize = 512;
 /// About the most bytes in one log entry; a larger upsert is split.

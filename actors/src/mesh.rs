@@ -3,22 +3,25 @@
 //! ```text
 //!  Mesh ── supervises ─▶ NodeServer (listens, authenticates by the cluster secret)
 //!   └── dials every member with a higher id, again and again, until a session stands
-//!  Server (one a node) ── joins ─▶ groups `node-<id>` and `workers`, visible on every node
+//!  Server (one a node) ── joins ─▶ group `node-<id>`, visible on every node
+//!  Pools (crate::pool) ── join ─▶ groups `parsers` and `embedders`
 //! ```
 //!
 //! The library does not redial, does not notice a silent partition, and kills a session at an
 //! oversized frame. So: sessions are dialled from a tick; remote references are looked up by
-//! group for every call and never kept; every call has a time-out, and where it was not kept the
-//! node is asked over gRPC alone for a while ([`DOUBT`]); and nothing over [`limits::MAX_MESH_BYTES`] is sent. Its listener takes one handshake
-//! at a time, so that one silent stranger would close it to everybody: connections are accepted
-//! here ([`crate::tls`]), and the library's own listener sits on a loopback port that nobody
-//! is told of.
+//! group for every call and never kept; every call has a time-out, and a node that did not keep it
+//! is asked over gRPC alone for a while ([`DOUBT`]); and nothing over [`limits::MAX_MESH_BYTES`] is
+//! sent. Its listener takes one handshake at a time, so that one silent stranger would close it to
+//! everybody: connections are accepted here ([`crate::tls`]), and the library's own listener sits
+//! on a loopback port that nobody is told of.
 
 use std::collections::{BTreeMap, HashSet};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 use parking_lot::Mutex;
 use ractor::rpc::CallResult;
 use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent, pg};
@@ -36,12 +39,11 @@ use tokio::task::JoinHandle;
 use crate::call::{Call, Reply};
 use crate::cluster::Cluster;
 use crate::limits;
+use crate::pool::{Kind, PoolMessage};
 use crate::tls::{Incoming, PeerTls};
 
 /// The scope of all process groups of Shoal.
-const SCOPE: &str = "shoal";
-/// The group that every node's server joins.
-const WORKERS: &str = "workers";
+pub(crate) const SCOPE: &str = "shoal";
 /// How often missing sessions are dialled.
 const DIAL_TICK: Duration = Duration::from_millis(500);
 /// How long one dial may take.
@@ -74,9 +76,6 @@ pub(crate) enum ServerMessage {
     /// Serve a call.
     #[rpc]
     Serve(Wire<Call>, RpcReplyPort<Wire<Reply>>),
-    /// The node's id if it has room for work, zero otherwise.
-    #[rpc]
-    GetRoom(RpcReplyPort<u64>),
 }
 
 /// The actor that serves other nodes' calls. It is serial, so it only starts the work.
@@ -98,7 +97,6 @@ impl Actor for Server {
         cluster: Cluster,
     ) -> Result<ServerState, ActorProcessingErr> {
         pg::join_scoped(SCOPE.to_owned(), node_group(cluster.node()), vec![myself.get_cell()]);
-        pg::join_scoped(SCOPE.to_owned(), WORKERS.to_owned(), vec![myself.get_cell()]);
         Ok(ServerState { cluster, calls: Arc::new(Semaphore::new(MAX_CALLS)) })
     }
 
@@ -110,11 +108,6 @@ impl Actor for Server {
     ) -> Result<(), ActorProcessingErr> {
         match message {
             ServerMessage::Serve(call, port) => state.serve(call, port),
-            ServerMessage::GetRoom(port) => {
-                let has_room = state.cluster.work().is_some_and(crate::work::Work::has_room);
-                // A caller that has gone away needs no answer.
-                drop(port.send(if has_room { state.cluster.node().0 } else { 0 }));
-            }
         }
         Ok(())
     }
@@ -208,19 +201,25 @@ async fn ask(node: NodeId, call: &Call, timeout: Duration) -> Result<Reply, NoAn
     }
 }
 
-/// A node, not this one, that says it has room for work.
-pub(crate) async fn idle_worker(this: NodeId) -> Option<NodeId> {
-    let members = pg::get_scoped_members(&SCOPE.to_owned(), &WORKERS.to_owned());
-    let asks =
-        members.into_iter().filter(|cell| !cell.get_id().is_local()).map(|cell: ActorCell| async move {
-            let server: ActorRef<ServerMessage> = cell.into();
-            match server.call(ServerMessage::GetRoom, Some(ROOM_TIMEOUT)).await {
-                Ok(CallResult::Success(node)) => NodeId(node),
-                _ => NodeId(0),
-            }
-        });
-    let rooms: Vec<NodeId> = futures::future::join_all(asks).await;
-    rooms.into_iter().find(|node| node.0 != 0 && *node != this)
+/// A node, not this one, whose pool of that kind says that it has room: the first to say so.
+pub(crate) async fn idle_pool(kind: Kind, this: NodeId) -> Option<NodeId> {
+    let members = pg::get_scoped_members(&SCOPE.to_owned(), &kind.group().to_owned());
+    let elsewhere = members.into_iter().filter(|cell| !cell.get_id().is_local());
+    let mut asks: FuturesUnordered<_> = elsewhere.map(has_room).collect();
+    while let Some(node) = asks.next().await {
+        if node.is_some_and(|node| node != this) {
+            return node;
+        }
+    }
+    None
+}
+
+async fn has_room(pool: ActorCell) -> Option<NodeId> {
+    let pool: ActorRef<PoolMessage> = pool.into();
+    match pool.call(PoolMessage::GetRoom, Some(ROOM_TIMEOUT)).await {
+        Ok(CallResult::Success(node)) => Some(NodeId(node)).filter(|node| node.0 != 0),
+        _ => None,
+    }
 }
 
 fn node_group(node: NodeId) -> String {

@@ -1,27 +1,36 @@
 //! Work that any node can do: parse a file, embed texts. Done here while there is room, on
 //! another node's pool when this one is busy and that one is idle.
 //!
-//! A node's mesh server joins the cluster-wide group `workers`; a busy node asks the members
-//! who has room. Small calls then go over the actor mesh, large ones over gRPC.
+//! ```text
+//!  a worker of this node is free? ──yes─▶ it does it
+//!       └─no─▶ a pool of that kind on another node says it has room? ──yes─▶ that one does it
+//!                     └─no, or it has none after all─▶ in line here
+//! ```
+//!
+//! The pools are actors ([`crate::pool`]) that join the cluster-wide groups `parsers` and
+//! `embedders`; here is how work comes to them.
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
+use parking_lot::RwLock;
+use ractor::ActorRef;
 use shoal_proto::{Error, ErrorCode, NodeId};
-use tokio::sync::Semaphore;
+use tokio::sync::oneshot;
 
 use crate::blobs::BlobStore;
 use crate::call::{Call, Reply};
 use crate::cluster::Cluster;
 use crate::embed::{Embedders, TextKind};
-use crate::parse::{self, ParseLimits, Parsed};
+use crate::mesh;
+use crate::parse::{ParseLimits, Parsed};
+use crate::pool::{Job, Kind, Local, PoolMessage};
 
 /// How long another node may take for a piece of work.
 const REMOTE_TIMEOUT: Duration = Duration::from_secs(150);
-/// How long a piece of work may wait for its turn on a node that it was sent to.
-const REMOTE_QUEUE: Duration = Duration::from_millis(50);
 
-/// What the pool of a node is made of.
+/// What the pools of a node are made of.
 #[derive(Clone)]
 pub struct WorkConfig {
     /// The models.
@@ -40,6 +49,37 @@ impl std::fmt::Debug for WorkConfig {
     }
 }
 
+/// The pools of this node, which say themselves where they are: after a restart there are new ones.
+/// Clones share them.
+#[derive(Clone, Default)]
+pub(crate) struct Pools(Arc<RwLock<[Option<ActorRef<PoolMessage>>; 2]>>);
+
+impl Pools {
+    /// Takes the place of the pool of that kind before.
+    pub(crate) fn register(&self, kind: Kind, pool: ActorRef<PoolMessage>) {
+        self.0.write()[kind as usize] = Some(pool);
+    }
+
+    /// Gives a pool a piece of work. Returns nothing when nobody was free and there was no place in
+    /// line, or it may not wait there.
+    ///
+    /// # Errors
+    /// Unavailable when there is no such pool at the moment; internal when its worker failed.
+    pub(crate) async fn perform(
+        &self,
+        kind: Kind,
+        call: Call,
+        may_wait: bool,
+    ) -> Result<Option<Reply>, Error> {
+        let absent = || Error::unavailable(format!("the {} of this node are not there", kind.group()));
+        let pool = self.0.read()[kind as usize].clone().ok_or_else(absent)?;
+        let (reply, done) = oneshot::channel();
+        let job = Job { call, may_wait, reply };
+        pool.cast(PoolMessage::Do(Local(Some(job)))).map_err(|_| absent())?;
+        done.await.map_err(|_| Error::internal(format!("one of the {} failed", kind.group())))
+    }
+}
+
 /// The handle to parsers and embedders. Cheap to clone.
 #[derive(Clone)]
 pub struct Work {
@@ -50,15 +90,13 @@ struct Inner {
     config: WorkConfig,
     cluster: Cluster,
     blobs: BlobStore,
-    parsers: Semaphore,
-    embedding: Semaphore,
+    pools: Pools,
 }
 
 impl Work {
     pub(crate) fn new(config: WorkConfig, cluster: Cluster, blobs: BlobStore) -> Work {
-        let (parsers, embedding) = (Semaphore::new(config.parsers), Semaphore::new(config.embedding));
-        let work =
-            Work { inner: Arc::new(Inner { config, cluster: cluster.clone(), blobs, parsers, embedding }) };
+        let inner = Inner { config, cluster: cluster.clone(), blobs, pools: Pools::default() };
+        let work = Work { inner: Arc::new(inner) };
         cluster.set_work(work.clone());
         work
     }
@@ -73,81 +111,88 @@ impl Work {
         &self.inner.blobs
     }
 
+    pub(crate) fn config(&self) -> &WorkConfig {
+        &self.inner.config
+    }
+
+    pub(crate) fn pools(&self) -> &Pools {
+        &self.inner.pools
+    }
+
     /// Parses a file, here or on an idle node.
     ///
     /// # Errors
-    /// Unprocessable when the file is at fault; internal when its parser was killed.
-    pub async fn parse(&self, filename: &str, bytes: Vec<u8>) -> Result<Parsed, Error> {
-        if self.inner.parsers.available_permits() == 0
-            && let Some(node) = self.idle_node().await
-        {
-            let call = Call::Parse { filename: filename.to_owned(), bytes: bytes.clone().into() };
-            match self.inner.cluster.call(node, call, REMOTE_TIMEOUT).await {
-                Reply::Parsed(parsed) => return Ok(parsed),
-                Reply::Failed(error) if error.code == ErrorCode::Unprocessable => return Err(error),
-                _ => {}
-            }
+    /// Unprocessable when the file is at fault; internal when its parser was killed; busy when too many
+    /// wait.
+    pub async fn parse(&self, filename: &str, bytes: impl Into<Bytes>) -> Result<Parsed, Error> {
+        let call = Call::Parse { filename: filename.to_owned(), bytes: bytes.into() };
+        match self.perform(Kind::Parsers, call).await? {
+            Reply::Parsed(parsed) => Ok(parsed),
+            _ => Err(Error::internal("a parser did not answer with a document")),
         }
-        let _turn = self.inner.parsers.acquire().await.map_err(Error::internal)?;
-        parse::run_in_child(self.inner.config.parse_limits, filename, &bytes).await
     }
 
     /// Embeds texts, here or on an idle node that has the model.
     ///
     /// # Errors
-    /// As the model.
+    /// As the model; busy when too many wait.
     pub async fn embed(&self, model: &str, kind: TextKind, texts: &[String]) -> Result<Vec<Vec<f32>>, Error> {
-        if self.inner.embedding.available_permits() == 0
-            && kind == TextKind::Passage
-            && let Some(node) = self.idle_node().await
-        {
-            let call = Call::Embed { model: model.to_owned(), kind, texts: texts.to_vec() };
-            if let Reply::Embedded(vectors) = self.inner.cluster.call(node, call, REMOTE_TIMEOUT).await {
-                return Ok(vectors);
-            }
-        }
         // A question that somebody waits for does not queue behind passages.
-        let _turn = match kind {
-            TextKind::Query => None,
-            TextKind::Passage => Some(self.inner.embedding.acquire().await.map_err(Error::internal)?),
-        };
-        self.inner.config.embedders.embed(model, kind, texts).await
-    }
-
-    /// Serves a call from another node, if there is room soon.
-    pub(crate) async fn serve(&self, call: Call) -> Reply {
-        let busy = || Reply::Failed(Error::new(ErrorCode::Busy, "this node's workers are busy"));
-        match call {
-            Call::Parse { filename, bytes } => {
-                let Ok(Ok(_turn)) = tokio::time::timeout(REMOTE_QUEUE, self.inner.parsers.acquire()).await
-                else {
-                    return busy();
-                };
-                match parse::run_in_child(self.inner.config.parse_limits, &filename, &bytes).await {
-                    Ok(parsed) => Reply::Parsed(parsed),
-                    Err(error) => Reply::Failed(error),
-                }
-            }
-            Call::Embed { model, kind, texts } => {
-                let Ok(Ok(_turn)) = tokio::time::timeout(REMOTE_QUEUE, self.inner.embedding.acquire()).await
-                else {
-                    return busy();
-                };
-                match self.inner.config.embedders.embed(&model, kind, &texts).await {
-                    Ok(vectors) => Reply::Embedded(vectors),
-                    Err(error) => Reply::Failed(error),
-                }
-            }
-            _ => Reply::Failed(Error::internal("not a piece of work")),
+        if kind == TextKind::Query {
+            return self.inner.config.embedders.embed(model, kind, texts).await;
+        }
+        let call = Call::Embed { model: model.to_owned(), kind, texts: texts.to_vec() };
+        match self.perform(Kind::Embedders, call).await? {
+            Reply::Embedded(vectors) => Ok(vectors),
+            _ => Err(Error::internal("an embedder did not answer with vectors")),
         }
     }
 
-    /// Another node that says it has room, found through the group `workers`.
-    async fn idle_node(&self) -> Option<NodeId> {
-        crate::mesh::idle_worker(self.inner.cluster.node()).await
+    async fn perform(&self, kind: Kind, call: Call) -> Result<Reply, Error> {
+        let Inner { cluster, pools, .. } = &*self.inner;
+        let mut reply = pools.perform(kind, call.clone(), false).await?;
+        if reply.is_none() {
+            reply = elsewhere(cluster, kind, &call).await;
+        }
+        if reply.is_none() {
+            reply = pools.perform(kind, call, true).await?;
+        }
+        match reply {
+            Some(Reply::Failed(error)) => Err(error),
+            Some(reply) => Ok(reply),
+            None => Err(busy(kind)),
+        }
     }
 
-    pub(crate) fn has_room(&self) -> bool {
-        self.inner.parsers.available_permits() > 0 && self.inner.embedding.available_permits() > 0
+    /// Serves a call from another node, if a worker is free.
+    pub(crate) async fn serve(&self, call: Call) -> Reply {
+        let Some(kind) = Kind::of(&call) else {
+            return Reply::Failed(Error::internal("not a piece of work"));
+        };
+        match self.inner.pools.perform(kind, call, false).await {
+            Ok(Some(reply)) => reply,
+            Ok(None) => Reply::Failed(busy(kind)),
+            Err(error) => Reply::Failed(error),
+        }
     }
+}
+
+/// Has another node do a piece of work. None when nobody has room, or it did not come to anything.
+async fn elsewhere(cluster: &Cluster, kind: Kind, call: &Call) -> Option<Reply> {
+    let node: NodeId = mesh::idle_pool(kind, cluster.node()).await?;
+    let reply = cluster.call(node, call.clone(), REMOTE_TIMEOUT).await;
+    let is_done = match &reply {
+        Reply::Parsed(_) | Reply::Embedded(_) => true,
+        // A file that cannot be parsed there cannot be parsed here either.
+        Reply::Failed(error) => kind == Kind::Parsers && error.code == ErrorCode::Unprocessable,
+        _ => false,
+    };
+    if is_done {
+        metrics::counter!("shoal_remote_work_total", "kind" => call.kind()).increment(1);
+    }
+    is_done.then_some(reply)
+}
+
+fn busy(kind: Kind) -> Error {
+    Error::new(ErrorCode::Busy, format!("the {} of this node have too much to do; try again", kind.group()))
 }

@@ -89,8 +89,9 @@ fn describe() {
     describe_gauge!("shoal_mesh_sessions", "Sessions of the actor mesh");
     describe_counter!(
         "shoal_mesh_calls_total",
-        "Calls to other nodes over the actor mesh; those that are too large for it or find no session go over gRPC"
+        "Calls to other nodes for the actor mesh; what is too large or finds no session goes over gRPC"
     );
+    describe_counter!("shoal_remote_work_total", "Work of this node that another node's idle workers did");
     describe_gauge!("shoal_nodes", "Members of the cluster");
     describe_gauge!(
         "shoal_tls_certificate_expires_timestamp_seconds",
@@ -115,6 +116,9 @@ fn describe() {
         for outcome in MESH_OUTCOMES {
             metrics::counter!("shoal_mesh_calls_total", "kind" => kind, "outcome" => outcome).absolute(0);
         }
+    }
+    for kind in ["parse", "embed"] {
+        metrics::counter!("shoal_remote_work_total", "kind" => kind).absolute(0);
     }
     for counter in [
         "shoal_actor_restarts_total",

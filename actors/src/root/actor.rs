@@ -12,12 +12,13 @@ use crate::cluster::Cluster;
 use crate::ingest::{Ingests, IngestsArguments};
 use crate::mesh::{Mesh, MeshArguments, Server};
 use crate::placement::{Placement, PlacementArguments, PlacementLimits};
+use crate::pool::{Kind, Pool, PoolArguments};
 use crate::reshard::{Reshards, ReshardsArguments};
 use crate::restarts::Restarts;
 use crate::shards::{Shards, ShardsArguments};
 use crate::work::Work;
 
-/// After so many failures in a row, about four minutes of them, the node ends.
+/// After so many failures in a row, which takes more than three minutes, the node ends.
 const MAX_FAILURES: u32 = 12;
 
 pub(super) struct Root;
@@ -42,6 +43,7 @@ pub(super) enum RootMessage {
 pub(super) enum Child {
     Mesh,
     Server,
+    Pool(Kind),
     Shards,
     Ingests,
     Placement,
@@ -49,8 +51,16 @@ pub(super) enum Child {
 }
 
 /// In the order in which they are started.
-const ALL: [Child; 6] =
-    [Child::Server, Child::Mesh, Child::Shards, Child::Ingests, Child::Placement, Child::Reshards];
+const ALL: [Child; 8] = [
+    Child::Server,
+    Child::Pool(Kind::Parsers),
+    Child::Pool(Kind::Embedders),
+    Child::Mesh,
+    Child::Shards,
+    Child::Ingests,
+    Child::Placement,
+    Child::Reshards,
+];
 
 pub(super) struct RootState {
     arguments: RootArguments,
@@ -143,6 +153,11 @@ impl RootState {
         Ok(match child {
             Child::Mesh => Actor::spawn_linked(None, Mesh, arguments.mesh, parent).await?.0.get_cell(),
             Child::Server => Actor::spawn_linked(None, Server, cluster, parent).await?.0.get_cell(),
+            Child::Pool(kind) => {
+                let (config, pools) = (arguments.work.config().clone(), arguments.work.pools().clone());
+                let pool = PoolArguments { kind, node: cluster.node(), config, pools };
+                Actor::spawn_linked(None, Pool, pool, parent).await?.0.get_cell()
+            }
             Child::Shards => Actor::spawn_linked(None, Shards, arguments.shards, parent).await?.0.get_cell(),
             Child::Ingests => {
                 let ingests = IngestsArguments { cluster, work: arguments.work };
