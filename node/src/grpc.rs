@@ -2,8 +2,10 @@
 //! the parser service for clients behind the API key. Both are checked before any body is decoded.
 
 mod connection;
+mod limited;
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use futures::StreamExt;
@@ -18,14 +20,19 @@ use tokio::net::TcpListener;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Server;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
 use crate::app::App;
 use crate::http::same_key;
 use connection::{Connection, Origin};
+use limited::Limited;
 
-/// The largest file that the parser service takes, in bytes.
+/// The largest file that the parser service takes, in bytes, whole or in pieces.
 const MAX_PARSE_BYTES: usize = 100 << 20;
+/// Files that the parser service takes at once, in work or in line.
+const MAX_PARSES: usize = 16;
+/// How long one file may take, from its first byte to the answer.
+const PARSE_TIMEOUT: Duration = Duration::from_secs(300);
 /// Connections that were accepted and not yet taken up.
 const MAX_WAITING: usize = 64;
 /// Streams that one peer may have open on a connection.
@@ -61,6 +68,7 @@ pub async fn serve(app: App, peers: PeerService, tls: PeerTls) -> Result<()> {
         .max_decoding_message_size(MAX_PEER_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_PEER_MESSAGE_BYTES);
     let parser = DocumentParserServer::new(Parser(app)).max_decoding_message_size(MAX_PARSE_BYTES);
+    let parser = Limited::new(parser, MAX_PARSES, PARSE_TIMEOUT);
     // Where only this machine or those who said so can listen in, clients need no TLS.
     let allow_plain = config.insecure || address.ip().is_loopback();
     let (sender, incoming) = tokio::sync::mpsc::channel(MAX_WAITING);
@@ -88,10 +96,8 @@ pub async fn serve(app: App, peers: PeerService, tls: PeerTls) -> Result<()> {
 /// `DocumentParser`, as the parser services that Shoal replaces serve it.
 struct Parser(App);
 
-#[tonic::async_trait]
-impl DocumentParser for Parser {
-    async fn parse_document(&self, request: Request<ParseRequest>) -> Result<Response<ParseReply>, Status> {
-        let request = request.into_inner();
+impl Parser {
+    async fn parse(&self, request: ParseRequest) -> Result<Response<ParseReply>, Status> {
         let running = self.0.running().map_err(|error| Status::unavailable(error.message))?;
         let name = request.file_path.rsplit(['/', '\\']).next().unwrap_or_default();
         let has_extension = name.contains('.');
@@ -100,10 +106,11 @@ impl DocumentParser for Parser {
             true => name.to_owned(),
             false => format!("{name}.{extension}"),
         };
-        let parsed = running.work.parse(&filename, request.file_data.to_vec()).await;
+        let parsed = running.work.parse(&filename, request.file_data).await;
         let parsed = parsed.map_err(|error| match error.code {
             ErrorCode::Unprocessable => Status::invalid_argument(error.message),
             ErrorCode::Busy => Status::resource_exhausted(error.message),
+            ErrorCode::Unavailable => Status::unavailable(error.message),
             _ => Status::internal(error.message),
         })?;
         let metadata =
@@ -113,6 +120,30 @@ impl DocumentParser for Parser {
             metadata: metadata.into_iter().collect(),
             page_count: parsed.page_count,
         }))
+    }
+}
+
+#[tonic::async_trait]
+impl DocumentParser for Parser {
+    async fn parse_document(&self, request: Request<ParseRequest>) -> Result<Response<ParseReply>, Status> {
+        self.parse(request.into_inner()).await
+    }
+
+    async fn parse_stream(
+        &self,
+        request: Request<Streaming<ParseRequest>>,
+    ) -> Result<Response<ParseReply>, Status> {
+        let mut pieces = request.into_inner();
+        let first = pieces.message().await?.ok_or_else(|| Status::invalid_argument("no pieces"))?;
+        let ParseRequest { file_path, file_type, file_data } = first;
+        let mut file_data = Vec::from(file_data);
+        while let Some(piece) = pieces.message().await? {
+            if file_data.len() + piece.file_data.len() > MAX_PARSE_BYTES {
+                return Err(Status::out_of_range(format!("a file has at most {MAX_PARSE_BYTES} bytes")));
+            }
+            file_data.extend_from_slice(&piece.file_data);
+        }
+        self.parse(ParseRequest { file_path, file_type, file_data: file_data.into() }).await
     }
 
     async fn health_check(
