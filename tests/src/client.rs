@@ -203,8 +203,16 @@ impl Client {
     /// # Errors
     /// When `/metrics` does not answer.
     pub async fn metric(&self, name: &str) -> Result<f64> {
+        self.metric_with(name, "").await
+    }
+
+    /// The sum of a metric over its samples with one label, as in `outcome="ok"`; zero when there are none.
+    ///
+    /// # Errors
+    /// When `/metrics` does not answer.
+    pub async fn metric_with(&self, name: &str, label: &str) -> Result<f64> {
         let page = self.succeed(&Request::get("/metrics")).await?.text();
-        Ok(page.lines().filter_map(|line| sample(line, name)).sum())
+        Ok(page.lines().filter(|line| line.contains(label)).filter_map(|line| sample(line, name)).sum())
     }
 
     async fn attempt(&self, request: &Request, key: Option<&str>, limit: Duration) -> Result<Reply> {
