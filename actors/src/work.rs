@@ -7,7 +7,7 @@
 //!                     └─no, or it has none after all─▶ in line here
 //! ```
 //!
-//! The pools are actors ([`crate::pool`]) that join the cluster-wide groups `parsers` and
+//! The pools are actors (`pool`) that join the cluster-wide groups `parsers` and
 //! `embedders`; here is how work comes to them.
 
 use std::sync::Arc;

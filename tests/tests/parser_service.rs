@@ -56,7 +56,7 @@ async fn clients_parse_with_the_key_and_not_without() -> Result<()> {
     // The type tells the format where the name does not.
     let html = page("page", "text/html", "<p>Ben &amp; Anna</p><script>x()</script>");
     let parsed = client.parse_document(keyed(html, "api-key", KEY)?).await?.into_inner();
-    ensure!(parsed.content == "Ben & Anna", "{parsed:?}");
+    ensure!(parsed.content.contains("Ben & Anna") && !parsed.content.contains("x()"), "{parsed:?}");
     let broken = page("broken.pdf", "", "%PDF-1.7 and nothing else");
     let refused = client.parse_document(keyed(broken, "api-key", KEY)?).await;
     ensure!(refused.is_err_and(|status| status.code() == Code::InvalidArgument), "a broken file is parsed");
