@@ -137,7 +137,9 @@ impl Call {
             | Call::Plan
             | Call::TransferLeader { .. }
             | Call::MissingBlobs { .. }
-            | Call::Tail { .. } => "other",
+            | Call::Tail { .. }
+            | Call::PromiseLevel { .. }
+            | Call::ProposeFrozen { .. } => "other",
         }
     }
 }

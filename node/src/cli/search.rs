@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::client::{Client, ClientArgs};
 
@@ -81,6 +81,7 @@ mod tests {
     use axum::extract::Query;
     use axum::routing::get;
     use axum::{Json, Router};
+    use serde_json::Value;
 
     use super::super::client::ClientArgs;
     use super::*;
