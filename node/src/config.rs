@@ -255,7 +255,7 @@ pub struct Limits {
     pub working_requests: usize,
     /// Milliseconds that a request waits in line when the node has more to do than it can; then 429.
     pub queue_milliseconds: u64,
-    /// Seconds that a request may take when the client does not say.
+    /// Seconds that a request may take from its last byte on when the client does not say.
     pub request_seconds: u64,
     /// Seconds in which a client must have sent its headers, from 1.
     pub header_seconds: u64,

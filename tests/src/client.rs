@@ -20,6 +20,9 @@ const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(15);
 /// long a gap really was.
 const RETRY_PAUSE: Duration = Duration::from_millis(20);
 
+/// Pieces of a request that is sent slowly.
+const TRICKLE_PIECES: usize = 20;
+
 /// One request.
 #[derive(Clone, Debug)]
 pub struct Request {
@@ -153,6 +156,18 @@ impl Client {
     /// When no whole answer came. The request may have been carried out.
     pub async fn once(&self, request: &Request) -> Result<Reply> {
         self.attempt(request, None, self.attempt_timeout).await
+    }
+
+    /// Sends a request once, to one node, evenly over so long a time, as from behind a slow line.
+    ///
+    /// # Errors
+    /// When no whole answer came. The request may have been carried out.
+    pub async fn trickle(&self, request: &Request, over: Duration) -> Result<Reply> {
+        let address = &self.addresses[self.shared.turn.load(Ordering::Relaxed) % self.addresses.len()];
+        let bytes = request.to_bytes(address, self.api_key.as_deref(), None);
+        let mut connection = Connection::open(address).await?;
+        let sent = connection.trickle(&bytes, TRICKLE_PIECES, over / TRICKLE_PIECES as u32);
+        tokio::time::timeout(over + self.attempt_timeout, sent).await?
     }
 
     /// Sends a request until there is an answer other than 429, 503 and 504. A request that

@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::io;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -104,6 +105,15 @@ impl Connection {
             (Err(_), Err(sent)) => Err(sent).context("the request could not be sent"),
             (Err(error), Ok(())) => Err(error),
         }
+    }
+
+    /// Sends a request in pieces, with a pause before each of them, and receives its answer.
+    pub(crate) async fn trickle(&mut self, request: &[u8], pieces: usize, pause: Duration) -> Result<Reply> {
+        for piece in request.chunks(request.len().div_ceil(pieces.max(1))) {
+            tokio::time::sleep(pause).await;
+            self.stream.get_mut().write_all(piece).await.context("the node has stopped listening")?;
+        }
+        Ok(self.receive().await?.0)
     }
 
     async fn receive(&mut self) -> Result<(Reply, bool)> {

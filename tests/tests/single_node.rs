@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use shoal_tests::binary::shoal;
+use shoal_tests::documents::{upload, upload_request};
 use shoal_tests::ports::Ports;
 use shoal_tests::{Client, Cluster, Points, Request, point, vector, wait_until};
 
@@ -223,6 +224,36 @@ async fn bad_requests_name_the_field_and_store_nothing() -> Result<()> {
     // The node is none the worse for it.
     points.upsert(&[point(1, json!({}))]).await?;
     assert_eq!(points.count(None).await?, 1);
+    cluster.finish()
+}
+
+/// A file or a body that is longer under way than a request may take is taken all the same: the time for a
+/// request is the node's time, from the last byte on.
+#[tokio::test]
+async fn a_slow_sender_does_not_use_up_the_time_of_its_request() -> Result<()> {
+    let settings = tempfile::NamedTempFile::new()?;
+    std::fs::write(settings.path(), "[limits]\nrequest_seconds = 2\n")?;
+    let cluster = Cluster::of(1).env("SHOAL_CONFIG", &settings.path().to_string_lossy()).start().await?;
+    let client = cluster.client(0);
+    // The collection of files is made with the first one.
+    upload(client, "first.txt", b"first", None).await?;
+    let points = Points::of(client, "c");
+    points.create(1, 1).await?;
+
+    let over = Duration::from_secs(5);
+    let bytes = vec![b'x'; 200_000];
+    let slowly = upload_request("slow.txt", &bytes, None);
+    let text = "x".repeat(50_000);
+    let upsert = points.upsert_request(&[point(1, json!({"text": text}))]);
+    let (uploaded, upserted) = tokio::join!(client.trickle(&slowly, over), client.trickle(&upsert, over));
+    for (what, reply) in [("upload", uploaded?), ("upsert", upserted?)] {
+        ensure!(reply.is_success(), "a slow {what} was answered {} {}", reply.status, reply.text());
+        if what == "upload" {
+            let path = format!("/v1/files/{}/content", reply.json()?["id"].as_str().context("no id")?);
+            ensure!(client.succeed(&Request::get(path)).await?.body == bytes, "other bytes came back");
+        }
+    }
+    assert_eq!(points.get(&[1]).await?[&1]["text"], text);
     cluster.finish()
 }
 

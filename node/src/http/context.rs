@@ -14,6 +14,7 @@ use shoal_proto::{Error, ErrorCode, Position, RequestId};
 use uuid::Uuid;
 
 use crate::app::App;
+use crate::http::MAX_REQUEST_SECONDS;
 use crate::http::error::{Surface, render};
 
 /// How far the client has seen.
@@ -36,6 +37,10 @@ const MAX_KEY_BYTES: usize = 255;
 pub struct Context {
     /// When the client gives up.
     pub deadline: Instant,
+    /// When its handler was called.
+    began: Instant,
+    /// How long the work on it may take, by the client or by the settings.
+    patience: Duration,
     /// How fresh reads must be.
     pub level: Consistency,
     /// What the client has seen.
@@ -53,6 +58,13 @@ impl Context {
     pub fn read_options(&self) -> ReadOptions {
         let (position, staleness) = (self.position.clone(), self.staleness.clone());
         ReadOptions { level: self.level, position, deadline: self.deadline, staleness }
+    }
+
+    /// Lets the time for the work begin now, for a handler that has first waited for its client or sent the
+    /// client's bytes on. All of the request still ends when every request does.
+    pub fn begin_now(&mut self) {
+        let end = self.began + Duration::from_secs(MAX_REQUEST_SECONDS);
+        self.deadline = end.min(Instant::now() + self.patience);
     }
 
     /// The id of a part of this write.
@@ -95,8 +107,11 @@ fn read(parts: &Parts, app: &App) -> Result<Context, Error> {
     let seconds = timeout_seconds(parts.uri.query().unwrap_or_default())?
         .unwrap_or(app.config().limits.request_seconds);
     let allow_partial = text(headers, &PARTIAL)? == Some("true");
+    let (began, patience) = (Instant::now(), Duration::from_secs(seconds));
     Ok(Context {
-        deadline: Instant::now() + Duration::from_secs(seconds),
+        deadline: began + patience,
+        began,
+        patience,
         level,
         position,
         request_id,

@@ -3,7 +3,8 @@
 use std::any::Any;
 use std::time::Instant;
 
-use axum::extract::{MatchedPath, Request, State};
+use axum::body::{Body, Bytes, HttpBody};
+use axum::extract::{FromRequest, MatchedPath, Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
@@ -23,6 +24,8 @@ use crate::http::error::{Surface, render};
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// The longest request id that is taken from a client, in bytes.
 const MAX_REQUEST_ID_BYTES: usize = 128;
+/// How the content type of a form begins.
+const FORM: &[u8] = b"multipart/";
 /// Paths that need no key: they tell only whether the node lives.
 const OPEN: [&str; 5] = ["/health/live", "/health/ready", "/healthz", "/livez", "/readyz"];
 
@@ -132,6 +135,22 @@ fn key_of(headers: &HeaderMap) -> Option<&str> {
 /// Whether two keys are the same, in a time that does not tell where they differ.
 pub(crate) fn same_key(given: &str, wanted: &str) -> bool {
     Sha256::digest(given).ct_eq(&Sha256::digest(wanted)).into()
+}
+
+/// Reads a body to its end before its handler is called, whose time begins then: a client behind a slow line
+/// would use it up with sending. Forms bring files, and their handlers read them piece by piece.
+pub(super) async fn read_body(request: Request, next: Next) -> Response {
+    let kind = request.headers().get(header::CONTENT_TYPE).map(HeaderValue::as_bytes);
+    let begins_as_form = |kind: &[u8]| Some(kind.get(..FORM.len())?.eq_ignore_ascii_case(FORM));
+    let is_form = kind.and_then(begins_as_form).unwrap_or(false);
+    if is_form || request.body().is_end_stream() {
+        return next.run(request).await;
+    }
+    let (parts, body) = request.into_parts();
+    match Bytes::from_request(Request::from_parts(parts.clone(), body), &()).await {
+        Ok(bytes) => next.run(Request::from_parts(parts, Body::from(bytes))).await,
+        Err(refused) => refused.into_response(),
+    }
 }
 
 /// Refusals that the framework makes itself (a body too large, a broken path) in our shapes.

@@ -1,7 +1,7 @@
 //! The HTTP edge: three surfaces over the same data behind one set of limits.
 //!
 //! ```text
-//!  request ─▶ id, log, metrics ─▶ concurrency ─▶ key ─▶ body limit, time-out ─▶ handler
+//!  request ─▶ id, log, metrics ─▶ concurrency ─▶ key ─▶ body limit, time-out ─▶ whole body ─▶ handler
 //! ```
 
 /// Handlers with their descriptions, in a function of its own: the optimizer would put all of them
@@ -62,6 +62,7 @@ pub fn router(app: App) -> Router {
     openapi::serve(routes)
         .fallback(middleware::not_found)
         .method_not_allowed_fallback(middleware::method_not_allowed)
+        .layer(from_fn(middleware::read_body))
         .layer(DefaultBodyLimit::max(limits.body_bytes))
         // A client that sends nothing keeps nothing waiting.
         .layer(RequestBodyTimeoutLayer::new(Duration::from_secs(limits.body_pause_seconds)))

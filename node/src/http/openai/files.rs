@@ -99,7 +99,7 @@ struct Form {
 )]
 pub(super) async fn create(
     State(app): State<App>,
-    context: Context,
+    mut context: Context,
     multipart: Multipart,
 ) -> Result<Response, OpenAiError> {
     let running = app.running()?;
@@ -108,12 +108,16 @@ pub(super) async fn create(
         return Err(Error::new(ErrorCode::DiskFull, "the disk's reserve is reached on this node").into());
     }
     let form = read_form(multipart, &running.blobs, app.config().limits.upload_bytes as u64).await?;
+    // The form took as long as its sender did.
+    context.begin_now();
     let found = files(cluster, &context).await?;
     let id = form.id.unwrap_or_else(|| DocumentId(context.part_id("file").0));
     let shard = shard_of(&found, id);
     let bytes = form.upload.bytes();
     // The bytes are durable on a majority before the log names them.
     let blob = blobs::replicate(cluster, &running.blobs, shard, form.upload).await?;
+    // And the bytes as long as the network between the nodes.
+    context.begin_now();
     let created_at = shoal_actors::cluster::unix_now();
     let record =
         FileRecord { id, filename: form.filename, blob: blob.hash, bytes, purpose: form.purpose, created_at };
