@@ -536,6 +536,17 @@ impl Config {
         Ok(())
     }
 
+    /// The settings as they may be shown: of a secret only that there is one.
+    pub fn masked(mut self) -> Config {
+        let keys = self.http_models.iter_mut().map(|model| &mut model.api_key);
+        for secret in keys.chain([&mut self.api_key, &mut self.cluster_secret]) {
+            if !secret.is_empty() {
+                *secret = "(set)".into();
+            }
+        }
+        self
+    }
+
     /// Whether HTTP is served with TLS.
     pub fn has_tls(&self) -> bool {
         !self.tls_cert.as_os_str().is_empty()
@@ -591,6 +602,28 @@ mod tests {
         assert!(load(1000).is_err());
         assert_eq!(load(0).expect("no limit").raft().move_bytes_per_second, 0);
         assert_eq!(load(1 << 20).expect("slow").raft().move_bytes_per_second, 1 << 20);
+    }
+
+    #[test]
+    fn no_secret_is_shown() {
+        let settings = r#"
+            api_key = "secret-1"
+            cluster_secret = "secret-2"
+            [[http_models]]
+            name = "m"
+            base_url = "http://127.0.0.1:1/v1"
+            api_key = "secret-3"
+            dimension = 2
+            [[http_models]]
+            name = "open"
+            base_url = "http://127.0.0.1:1/v1"
+            dimension = 2
+        "#;
+        let config: Config = toml::from_str(settings).expect("well formed");
+        let shown = toml::to_string(&config.masked()).expect("serialises");
+        assert!(!shown.contains("secret-"), "{shown}");
+        assert_eq!(shown.matches("api_key = \"(set)\"").count(), 2);
+        assert_eq!(shown.matches("api_key = \"\"").count(), 1, "what is not set is shown as such");
     }
 
     #[test]

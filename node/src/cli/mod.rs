@@ -85,13 +85,7 @@ pub fn run(cli: Cli) -> Result<()> {
             runtime()?.block_on(serve::run(config))
         }
         Command::Config { command: ConfigCommand::Check(args) } => {
-            let mut config = Config::load(&args)?;
-            for secret in [&mut config.api_key, &mut config.cluster_secret] {
-                if !secret.is_empty() {
-                    *secret = "(set)".into();
-                }
-            }
-            print!("{}", toml::to_string(&config)?);
+            print!("{}", toml::to_string(&Config::load(&args)?.masked())?);
             Ok(())
         }
         Command::Status(client) => runtime()?.block_on(status::run(client)),
