@@ -245,7 +245,8 @@ impl Job {
         let parsed = self.work.parse(&self.document.filename, bytes).await?;
         let (model, chunker) = (self.embedder.model.clone(), self.document.chunker);
         let embedders = self.work.embedders().clone();
-        let cut = move || chunk(&parsed, &chunker, |text| embedders.count_tokens(&model, text));
+        let most_tokens = embedders.max_tokens(&model)?;
+        let cut = move || chunk(&parsed, &chunker, most_tokens, |text| embedders.count_tokens(&model, text));
         let chunks =
             tokio::task::spawn_blocking(cut).await.map_err(|_| Error::internal("chunking panicked"))?;
         chunks.map_err(|reason| Error::new(ErrorCode::Unprocessable, reason))

@@ -11,11 +11,14 @@ use shoal_actors::Consistency;
 use shoal_actors::embed::HttpModelConfig;
 use shoal_actors::parse::ParseLimits;
 use shoal_actors::placement::PlacementLimits;
+use shoal_proto::collection::MAX_VECTOR_DIMENSIONS;
 use shoal_raft::{LogConfig, RaftConfig};
 
 /// A shorter secret is refused where strangers can reach the node: who can connect can try guesses
 /// against its certificate.
 const MIN_SECRET_CHARS: usize = 16;
+/// A model that sees less of a text is not fit for chunks.
+const MIN_MODEL_TOKENS: usize = 64;
 /// A slower pace would take most of a minute for one piece of a snapshot.
 const MIN_MOVE_BYTES_PER_SECOND: u64 = 64 << 10;
 
@@ -509,7 +512,31 @@ impl Config {
             self.tls_cert.as_os_str().is_empty() == self.tls_key.as_os_str().is_empty(),
             "tls_cert and tls_key go together"
         );
+        self.check_models()?;
         self.check_exposure()
+    }
+
+    fn check_models(&self) -> Result<()> {
+        for (at, model) in self.http_models.iter().enumerate() {
+            let field = |name: &str| format!("http_models[{at}].{name}");
+            let is_first = self.http_models[..at].iter().all(|other| other.name != model.name);
+            ensure!(!model.name.is_empty() && is_first, "{}: is empty, or is there twice", field("name"));
+            let ranges = [
+                ("dimension", model.dimension, 1, MAX_VECTOR_DIMENSIONS),
+                ("batch", model.batch, 1, 2048),
+                ("concurrency", model.concurrency, 1, 1024),
+                ("timeout_seconds", model.timeout_seconds as usize, 1, 600),
+                ("max_tokens", model.max_tokens, MIN_MODEL_TOKENS, 1 << 20),
+            ];
+            for (name, value, least, most) in ranges {
+                ensure!(
+                    (least..=most).contains(&value),
+                    "{}: {value} is not between {least} and {most}",
+                    field(name)
+                );
+            }
+        }
+        Ok(())
     }
 
     /// Safe by default: an address that others can reach needs a key and TLS.
@@ -624,6 +651,25 @@ mod tests {
         assert!(!shown.contains("secret-"), "{shown}");
         assert_eq!(shown.matches("api_key = \"(set)\"").count(), 2);
         assert_eq!(shown.matches("api_key = \"\"").count(), 1, "what is not set is shown as such");
+    }
+
+    #[test]
+    fn settings_of_remote_models_are_checked() {
+        let refusal = |settings: &str| {
+            let model = format!("[[http_models]]\nname = \"m\"\nbase_url = \"http://h\"\n{settings}\n");
+            let config: Config = toml::from_str(&model).expect("well formed");
+            config.check().err().map(|error| error.to_string()).unwrap_or_default()
+        };
+        assert_eq!(refusal("dimension = 2"), "");
+        for (settings, field) in [
+            ("dimension = 0", "dimension"),
+            ("dimension = 2\nmax_tokens = 10", "max_tokens"),
+            ("dimension = 2\ntimeout_seconds = 0", "timeout_seconds"),
+        ] {
+            assert!(refusal(settings).starts_with(&format!("http_models[0].{field}: ")), "{settings}");
+        }
+        let twice = "dimension = 2\n[[http_models]]\nname = \"m\"\nbase_url = \"http://h\"\ndimension = 2";
+        assert!(refusal(twice).starts_with("http_models[1].name: "));
     }
 
     #[test]

@@ -96,7 +96,7 @@ pub struct EmbedderConfig {
 /// How documents are cut. OpenAI's `static` chunking strategy has the same two numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ChunkerConfig {
-    /// The most tokens of the collection's model in one chunk, 16 to 4096.
+    /// The most tokens of the collection's model in one chunk, 16 to 4096, and no more than the model sees.
     pub max_tokens: usize,
     /// Tokens repeated from the chunk before, at most half of `max_tokens`.
     pub overlap_tokens: usize,
@@ -145,9 +145,9 @@ impl CollectionConfig {
             check_range(field("hnsw_config.ef_construct"), params.ef_construct, 8, 4096)?;
         }
         if let Some(chunker) = &self.chunker {
-            check_range("chunking_strategy.max_chunk_size_tokens", chunker.max_tokens, 16, 4096)?;
+            check_range("chunking_strategy.static.max_chunk_size_tokens", chunker.max_tokens, 16, 4096)?;
             let most = chunker.max_tokens / 2;
-            check_range("chunking_strategy.chunk_overlap_tokens", chunker.overlap_tokens, 0, most)?;
+            check_range("chunking_strategy.static.chunk_overlap_tokens", chunker.overlap_tokens, 0, most)?;
         }
         Ok(())
     }

@@ -54,6 +54,10 @@ pub struct HttpModelConfig {
     /// Seconds that one request may take.
     #[serde(default = "default_timeout")]
     pub timeout_seconds: u64,
+    /// Tokens of one text that the model sees. They are estimated here: one for four Latin characters, or for
+    /// one of others.
+    #[serde(default = "default_max_tokens")]
+    pub max_tokens: usize,
 }
 
 fn default_batch() -> usize {
@@ -66,6 +70,10 @@ fn default_concurrency() -> usize {
 
 fn default_timeout() -> u64 {
     30
+}
+
+fn default_max_tokens() -> usize {
+    8191
 }
 
 /// Whether a provider is asked at all; pure, see the module.
@@ -152,6 +160,11 @@ impl HttpModel {
     /// Dimensions of its vectors.
     pub fn dimension(&self) -> usize {
         self.config.dimension
+    }
+
+    /// Tokens of one text that it sees.
+    pub fn max_tokens(&self) -> usize {
+        self.config.max_tokens
     }
 
     /// Embeds texts, in order.
@@ -349,6 +362,7 @@ mod tests {
             batch: 2,
             concurrency: 2,
             timeout_seconds: 1,
+            max_tokens: 512,
         };
         (HttpModel::new(config).expect("builds"), asked)
     }

@@ -148,6 +148,21 @@ impl LocalModel {
         self.tokenizer.encode_fast(text, false).map_or(text.len(), |encoding| encoding.len())
     }
 
+    /// Tokens of a passage, as [`LocalModel::count_tokens`] counts them, that the model sees besides its
+    /// prefix and the special ones.
+    pub fn max_tokens(&self) -> usize {
+        let prefix = self.prefix(TextKind::Passage);
+        let taken = self.tokenizer.encode_fast(prefix, true).map_or(0, |encoding| encoding.len());
+        MAX_TOKENS.saturating_sub(taken)
+    }
+
+    fn prefix(&self, kind: TextKind) -> &'static str {
+        self.prefixes.map_or("", |(query, passage)| match kind {
+            TextKind::Query => query,
+            TextKind::Passage => passage,
+        })
+    }
+
     /// Embeds texts, in order, on the blocking pool.
     ///
     /// # Errors
@@ -212,10 +227,7 @@ impl LocalModel {
     }
 
     fn encode(&self, kind: TextKind, texts: &[String]) -> Result<Vec<Vec<u32>>, Error> {
-        let prefix = self.prefixes.map_or("", |(query, passage)| match kind {
-            TextKind::Query => query,
-            TextKind::Passage => passage,
-        });
+        let prefix = self.prefix(kind);
         let encode = |text: &String| {
             let input = format!("{prefix}{}", text.trim());
             let encoding = self.tokenizer.encode_fast(input, true).map_err(Error::internal)?;
@@ -487,16 +499,35 @@ mod tests {
         (TextKind::Query, "全角ＡＢＣ～　x", [0.05337, -0.00113, -0.0476, -0.03323, 0.07043]),
     ];
 
-    #[test]
-    fn the_model_gives_known_vectors_alone_and_in_a_batch() {
+    /// The model that `make model` gets; without it the test is skipped.
+    fn model_for(test: &str) -> Option<LocalModel> {
         let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/multilingual-e5-small");
         if !dir.join("model.safetensors").exists() {
-            eprintln!(
-                "skipped: the_model_gives_known_vectors_alone_and_in_a_batch: no model; run `make model`"
-            );
-            return;
+            eprintln!("skipped: {test}: no model; run `make model`");
+            return None;
         }
-        let model = LocalModel::open(&dir).expect("opens");
+        Some(LocalModel::open(&dir).expect("opens"))
+    }
+
+    #[test]
+    fn a_passage_of_the_most_tokens_is_seen_whole() {
+        let Some(model) = model_for("a_passage_of_the_most_tokens_is_seen_whole") else { return };
+        assert!((MAX_TOKENS - 16..MAX_TOKENS).contains(&model.max_tokens()), "{}", model.max_tokens());
+        for words in ["The heron of Lisbon guards ledger (twice). ", "里斯本的苍鹭看守第四十二号账本。"]
+        {
+            let fits = |count: &usize| model.count_tokens(&words.repeat(*count)) <= model.max_tokens();
+            let text = words.repeat((1..).take_while(fits).last().expect("one fits"));
+            let seen = |text: &str| model.encode(TextKind::Passage, &[text.to_owned()]).expect("encodes");
+            let whole = model.tokenizer.encode_fast(format!("passage: {}", text.trim()), true);
+            assert_eq!(seen(&text)[0], whole.expect("encodes").get_ids(), "nothing was cut off");
+            assert_eq!(seen(&words.repeat(600))[0].len(), MAX_TOKENS);
+        }
+    }
+
+    #[test]
+    fn the_model_gives_known_vectors_alone_and_in_a_batch() {
+        let name = "the_model_gives_known_vectors_alone_and_in_a_batch";
+        let Some(model) = model_for(name) else { return };
         assert_eq!(model.dimension(), 384);
         for (kind, text, known) in KNOWN {
             let long = "a much longer text that makes the batch pad the short one ".repeat(8);

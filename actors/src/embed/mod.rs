@@ -134,6 +134,17 @@ impl Embedders {
         }
     }
 
+    /// Tokens of a passage that a model sees. What a text has beyond them would not be found by its meaning.
+    ///
+    /// # Errors
+    /// Names the model and says what to do.
+    pub fn max_tokens(&self, name: &str) -> Result<usize, Error> {
+        Ok(match self.model(Some(name))?.1 {
+            Model::Local(model) => model.max_tokens(),
+            Model::Http(model) => model.max_tokens(),
+        })
+    }
+
     /// Embeds texts, in order.
     ///
     /// # Errors

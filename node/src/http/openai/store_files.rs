@@ -53,8 +53,12 @@ pub(super) async fn create(
 ) -> Result<Response, OpenAiError> {
     let request: CreateStoreFile = read_json(&body)?;
     let found = stores::find(&app, &store).await?;
-    let chunker =
-        chunker(request.chunking_strategy.as_ref())?.unwrap_or_else(|| stores::store_chunker(&found.config));
+    let embedders = app.running()?.work.embedders();
+    let embedder = stores::embedder(&found)?;
+    embedders.check(embedder)?;
+    let most_tokens = embedders.max_tokens(&embedder.model)?;
+    let chunker = chunker(request.chunking_strategy.as_ref(), most_tokens)?
+        .unwrap_or_else(|| stores::store_chunker(&found.config));
     let (document, position) =
         attach(&app, &found, &request.file_id, request.attributes, chunker, &context).await?;
     Ok((position_header(&position), Json(shape(&document, &store))).into_response())
@@ -125,11 +129,11 @@ fn checked_attributes(attributes: Option<Map<String, Value>>) -> Result<String, 
     Ok(Value::Object(attributes).to_string())
 }
 
-/// A chunking strategy: `auto` (none) or `static` with its two numbers.
+/// A chunking strategy: `auto` (none) or `static` with its two numbers, for a model that sees so many tokens.
 ///
 /// # Errors
 /// Invalid argument that names the field.
-pub(super) fn chunker(strategy: Option<&Value>) -> Result<Option<ChunkerConfig>, Error> {
+pub(super) fn chunker(strategy: Option<&Value>, most_tokens: usize) -> Result<Option<ChunkerConfig>, Error> {
     let Some(strategy) = strategy.filter(|value| !value.is_null()) else { return Ok(None) };
     match strategy.get("type").and_then(Value::as_str) {
         Some("auto") => Ok(None),
@@ -144,6 +148,12 @@ pub(super) fn chunker(strategy: Option<&Value>) -> Result<Option<ChunkerConfig>,
             let chunker = ChunkerConfig { max_tokens, overlap_tokens };
             let config = shoal_proto::CollectionConfig { chunker: Some(chunker), ..Default::default() };
             config.validate()?;
+            if max_tokens > most_tokens {
+                let message = format!(
+                    "{max_tokens} is more than the {most_tokens} tokens of a text that the store's model sees"
+                );
+                return Err(Error::invalid("chunking_strategy.static.max_chunk_size_tokens", message));
+            }
             Ok(Some(chunker))
         }
         _ => Err(Error::invalid("chunking_strategy.type", "expected auto or static")),

@@ -9,7 +9,9 @@ use serde_json::{Map, Value, json};
 use shoal_actors::embed::TextKind;
 use shoal_actors::search::{self, RRF_K};
 use shoal_engine::command::{Answer, Hit, Leg, Read, Search, Select, Stats};
-use shoal_proto::{ChunkerConfig, CollectionConfig, Distance, Error, FieldType, VectorParams};
+use shoal_proto::{
+    ChunkerConfig, CollectionConfig, Distance, EmbedderConfig, Error, FieldType, VectorParams,
+};
 use shoal_raft::cluster::{Command, Response as ControlResponse};
 use utoipa::ToSchema;
 use uuid::Uuid;
@@ -96,8 +98,10 @@ pub(super) async fn create(
 ) -> Result<Response, OpenAiError> {
     let request: CreateStore = if body.is_empty() { CreateStore::default() } else { read_json(&body)? };
     let running = app.running()?;
-    let embedder = running.work.embedders().config(request.embedding_model.as_deref())?;
-    let chunker = store_files::chunker(request.chunking_strategy.as_ref())?.unwrap_or_default();
+    let embedders = running.work.embedders();
+    let embedder = embedders.config(request.embedding_model.as_deref())?;
+    let most_tokens = embedders.max_tokens(&embedder.model)?;
+    let chunker = store_files::chunker(request.chunking_strategy.as_ref(), most_tokens)?.unwrap_or_default();
     let kept = Attributes {
         name: request.name.unwrap_or_default(),
         description: request.description,
@@ -339,8 +343,7 @@ pub(super) async fn search(
     let ranking = request.ranking_options.unwrap_or_default();
     let is_hybrid = ranking.ranker.as_deref() != Some("none");
     let running = app.running()?;
-    let embedder =
-        found.config.embedder.as_ref().ok_or_else(|| Error::internal("a store has an embedder"))?;
+    let embedder = embedder(&found)?;
     running.work.embedders().check(embedder)?;
     let vectors = running.work.embed(&embedder.model, TextKind::Query, &queries).await?;
     let mut legs: Vec<Leg> = vectors
@@ -409,6 +412,11 @@ fn result(hit: Hit) -> Value {
         "content": [{"type": "text", "text": text}],
         "chunk_id": hit.id, "chunk_index": index, "page": page, "heading": heading, "char_range": range,
     })
+}
+
+/// The model of a store.
+pub(super) fn embedder(found: &Found) -> Result<&EmbedderConfig, Error> {
+    found.config.embedder.as_ref().ok_or_else(|| Error::internal("a store has an embedder"))
 }
 
 /// The chunker of a store.
