@@ -7,11 +7,12 @@ use base64::Engine as _;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use shoal_actors::embed::TextKind;
+use shoal_actors::work::Work;
 use shoal_proto::{EmbedderConfig, Error};
 use utoipa::ToSchema;
 
 use crate::app::App;
-use crate::http::context::json as read_json;
+use crate::http::context::{Context, json as read_json};
 use crate::http::error::OpenAiError;
 use crate::http::openapi::OpenAiAnswers;
 
@@ -48,10 +49,15 @@ enum InputType {
 /// Embeds texts.
 #[utoipa::path(
     post, path = "/v1/embeddings", operation_id = "create_embedding", tag = "documents",
+    params(Context),
     request_body = CreateEmbeddings,
     responses(OpenAiAnswers),
 )]
-pub(super) async fn create(State(app): State<App>, body: Bytes) -> Result<Json<Value>, OpenAiError> {
+pub(super) async fn create(
+    State(app): State<App>,
+    context: Context,
+    body: Bytes,
+) -> Result<Json<Value>, OpenAiError> {
     let request: CreateEmbeddings = read_json(&body)?;
     let texts = inputs(&request.input)?;
     let work = &app.running()?.work;
@@ -65,7 +71,7 @@ pub(super) async fn create(State(app): State<App>, body: Bytes) -> Result<Json<V
         Some(InputType::Query) => TextKind::Query,
         Some(InputType::Passage) | None => TextKind::Passage,
     };
-    let vectors = work.embed(&config.model, kind, &texts).await?;
+    let vectors = embed_in_time(work, &config.model, kind, &texts, &context).await?;
     let tokens: usize = texts.iter().map(|text| work.embedders().count_tokens(&config.model, text)).sum();
     let data: Vec<Value> = vectors
         .into_iter()
@@ -83,6 +89,25 @@ pub(super) async fn create(State(app): State<App>, body: Bytes) -> Result<Json<V
         .collect();
     let usage = json!({"prompt_tokens": tokens, "total_tokens": tokens});
     Ok(Json(json!({"object": "list", "data": data, "model": config.model, "usage": usage})))
+}
+
+/// Embeds texts for a client that waits for them, and does not wait for longer than that does.
+///
+/// # Errors
+/// Unavailable when the time is over, and as [`Work::embed`].
+pub(super) async fn embed_in_time(
+    work: &Work,
+    model: &str,
+    kind: TextKind,
+    texts: &[String],
+    context: &Context,
+) -> Result<Vec<Vec<f32>>, Error> {
+    let embedded = tokio::time::timeout_at(context.deadline.into(), work.embed(model, kind, texts)).await;
+    embedded.unwrap_or_else(|_| {
+        let count = texts.len();
+        let reason = format!("model `{model}` has not embedded {count} texts in time");
+        Err(Error::unavailable(format!("{reason}; try again, with fewer, or with a longer ?timeout=")))
+    })
 }
 
 fn inputs(input: &Value) -> Result<Vec<String>, Error> {

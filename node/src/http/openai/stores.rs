@@ -16,6 +16,7 @@ use shoal_raft::cluster::{Command, Response as ControlResponse};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
+use super::embeddings::embed_in_time;
 use super::filters;
 use super::page::{PageQuery, page};
 use super::store_files;
@@ -345,7 +346,7 @@ pub(super) async fn search(
     let running = app.running()?;
     let embedder = embedder(&found)?;
     running.work.embedders().check(embedder)?;
-    let vectors = running.work.embed(&embedder.model, TextKind::Query, &queries).await?;
+    let vectors = embed_in_time(&running.work, &embedder.model, TextKind::Query, &queries, &context).await?;
     let mut legs: Vec<Leg> = vectors
         .into_iter()
         .map(|vector| Leg::Dense { using: String::new(), vector, exact: false, ef: None })
