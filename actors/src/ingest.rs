@@ -3,9 +3,13 @@
 //! ```text
 //!  in_progress ─▶ parse ─▶ chunk ─▶ embed in batches, stage each ─▶ publish ─▶ completed
 //!                   │ unprocessable                                │
-//!                   ▼                                              ▼ transient trouble
-//!                 failed                                    stays in progress, tried again
+//!                   ▼                                              ▼ no model, no provider, no leader …
+//!                 failed                                    stays in progress with the reason, tried again
 //! ```
+//!
+//! Trouble is logged and told as the document's last error; the pauses between attempts grow up to half a
+//! minute. In this way a node waits for the collection's model if it does not have it, or until a node that
+//! has it leads the shard.
 //!
 //! The queue is the shard itself: nothing here has to survive. A node that becomes leader finds
 //! the documents in progress and goes on after the last staged chunk; one that stops leading
@@ -37,8 +41,10 @@ const MAX_DOCUMENTS: usize = 12;
 pub const MAX_PARSER_CRASHES: u32 = 3;
 /// Texts in one embedding batch, and chunks in one staged entry.
 const BATCH: usize = 32;
-/// The pause before a document is tried again after transient trouble.
-const RETRY_PAUSE: Duration = Duration::from_secs(2);
+/// The pause before a document is tried again after trouble; it doubles up to the second value.
+const RETRY_PAUSE: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(30));
+/// The most characters of a reason that is told.
+const MAX_REASON_CHARS: usize = 1000;
 /// How long one proposal may take.
 const PROPOSE_TIMEOUT: Duration = Duration::from_secs(15);
 
@@ -61,7 +67,45 @@ pub(crate) enum IngestsMessage {
 pub(crate) struct IngestsState {
     arguments: IngestsArguments,
     active: HashMap<Key, JoinHandle<bool>>,
-    resting: HashMap<Key, Instant>,
+    resting: HashMap<Key, Rest>,
+}
+
+/// How long a document rests after trouble.
+struct Rest {
+    until: Instant,
+    pause: Duration,
+}
+
+impl Rest {
+    /// The rest that follows one that is not long over, or the first one.
+    fn after(before: Option<&Rest>, now: Instant) -> Rest {
+        let pause = before.map_or(RETRY_PAUSE.0, |before| (before.pause * 2).min(RETRY_PAUSE.1));
+        Rest { until: now + pause, pause }
+    }
+
+    /// Whether it is over for so long that the next trouble is news.
+    fn is_forgotten(&self, now: Instant) -> bool {
+        now >= self.until + RETRY_PAUSE.1
+    }
+}
+
+/// Why a document has not come to its end here and now.
+enum Stop {
+    /// It was replaced, deleted or cancelled, or is somebody else's by now.
+    Gone,
+    /// It can never be processed, for this reason.
+    Hopeless(String),
+    /// It is tried again.
+    Trouble(Error),
+}
+
+impl From<Error> for Stop {
+    fn from(error: Error) -> Stop {
+        match error.code {
+            ErrorCode::Unprocessable => Stop::Hopeless(error.message),
+            _ => Stop::Trouble(error),
+        }
+    }
 }
 
 impl Actor for Ingests {
@@ -108,11 +152,13 @@ impl IngestsState {
         for key in finished {
             let Some(task) = self.active.remove(&key) else { continue };
             // A task that panicked rests as well: whatever it met, others come first.
-            if !task.await.unwrap_or(false) {
-                self.resting.insert(key, now + RETRY_PAUSE);
+            if task.await.unwrap_or(false) {
+                self.resting.remove(&key);
+            } else {
+                self.resting.insert(key, Rest::after(self.resting.get(&key), now));
             }
         }
-        self.resting.retain(|_, until| *until > now);
+        self.resting.retain(|key, rest| self.active.contains_key(key) || !rest.is_forgotten(now));
         let state = self.arguments.cluster.state();
         for (shard, local) in self.arguments.cluster.local_shards() {
             // What is being restored has not all of its files yet, and a shard that is to come is not it yet.
@@ -128,10 +174,8 @@ impl IngestsState {
             let Ok((_, Answer::Documents(documents))) = answer else { continue };
             for document in documents {
                 let key = (shard, document.id, document.version);
-                if self.active.len() >= MAX_DOCUMENTS
-                    || self.active.contains_key(&key)
-                    || self.resting.contains_key(&key)
-                {
+                let is_resting = self.resting.get(&key).is_some_and(|rest| rest.until > now);
+                if self.active.len() >= MAX_DOCUMENTS || self.active.contains_key(&key) || is_resting {
                     continue;
                 }
                 let job = Job {
@@ -169,42 +213,53 @@ impl Job {
                 operation("completed");
                 true
             }
-            Err(error) if error.code == ErrorCode::Unprocessable => {
+            Err(Stop::Gone) => true,
+            Err(Stop::Hopeless(reason)) => {
                 operation("failed");
-                tracing::info!(document = %self.document.id, reason = error.message, "a document cannot be processed");
-                let end = Command::EndDocument {
-                    id: self.document.id,
-                    version: self.document.version,
-                    state: DocumentState::Failed,
-                    reason: error.message,
-                };
+                tracing::info!(document = %self.document.id, reason, "a document cannot be processed");
+                let (id, version) = (self.document.id, self.document.version);
+                let end = Command::EndDocument { id, version, state: DocumentState::Failed, reason };
                 self.propose(end).await.is_ok()
             }
-            // It was replaced, deleted or cancelled, or is somebody else's by now.
-            Err(error) if matches!(error.code, ErrorCode::Conflict | ErrorCode::NotFound) => true,
-            Err(error) => {
+            Err(Stop::Trouble(error)) => {
                 operation("retried");
                 tracing::warn!(document = %self.document.id, %error, "a document will be tried again");
+                self.tell_trouble(&error).await;
                 false
             }
         }
     }
 
-    async fn propose(&self, command: Command) -> Result<Outcome, Error> {
+    /// Leaves word of trouble with the document, unless it says so already.
+    async fn tell_trouble(&self, error: &Error) {
+        let reason: String = error.message.chars().take(MAX_REASON_CHARS).collect();
+        if self.document.error.as_ref() == Some(&reason) {
+            return;
+        }
+        let (id, version) = (self.document.id, self.document.version);
+        // It is tried again in any case, and it is in the log.
+        drop(self.propose(Command::NoteTrouble { id, version, reason }).await);
+    }
+
+    /// Puts a command about the document through, and returns the document as it is then.
+    async fn propose(&self, command: Command) -> Result<Document, Stop> {
         let deadline = Instant::now() + PROPOSE_TIMEOUT;
-        let (outcome, _) = self.cluster.write(self.shard, None, &command, deadline).await?;
-        match outcome {
-            Outcome::Absent => Err(Error::not_found("the document was deleted")),
-            outcome => Ok(outcome),
+        match self.cluster.write(self.shard, None, &command, deadline).await {
+            Ok((Outcome::Document(document), _)) => Ok(*document),
+            Ok((Outcome::Absent, _)) => Err(Stop::Gone),
+            Ok(_) => Err(Error::internal("a shard did not answer with a document").into()),
+            // The shard refuses news of a version that is not in progress any more, or is gone itself.
+            Err(error) if matches!(error.code, ErrorCode::Conflict | ErrorCode::NotFound) => Err(Stop::Gone),
+            Err(error) => Err(error.into()),
         }
     }
 
-    async fn note(&self, stage: Stage, total_chunks: u32, new_attempt: bool) -> Result<Outcome, Error> {
+    async fn note(&self, stage: Stage, total_chunks: u32, new_attempt: bool) -> Result<Document, Stop> {
         let (id, version) = (self.document.id, self.document.version);
         self.propose(Command::NoteProgress { id, version, stage, total_chunks, new_attempt }).await
     }
 
-    async fn drive(&self) -> Result<(), Error> {
+    async fn drive(&self) -> Result<(), Stop> {
         self.work.embedders().check(&self.embedder)?;
         let chunks = self.chunks().await?;
         let total = chunks.len() as u32;
@@ -232,24 +287,27 @@ impl Job {
         Ok(())
     }
 
-    async fn chunks(&self) -> Result<Vec<Chunk>, Error> {
+    async fn chunks(&self) -> Result<Vec<Chunk>, Stop> {
+        // Attempts that end together with the node are counted as well.
         if self.document.attempts >= MAX_PARSER_CRASHES && self.document.stage == Stage::Parsing {
-            let reason = format!(
-                "its parser was killed or crashed {MAX_PARSER_CRASHES} times; the file is likely damaged or too complex"
-            );
-            return Err(Error::new(ErrorCode::Unprocessable, reason));
+            return Err(given_up(self.document.error.as_deref().unwrap_or("the node ended as well")));
         }
         let Document { id, blob, .. } = self.document;
         let bytes = blobs::fetch_original(&self.cluster, self.work.blobs(), id, blob).await?;
-        self.note(Stage::Parsing, 0, true).await?;
-        let parsed = self.work.parse(&self.document.filename, bytes).await?;
+        let attempts = self.note(Stage::Parsing, 0, true).await?.attempts;
+        let parsed = match self.work.parse(&self.document.filename, bytes).await {
+            Err(error) if error.code == ErrorCode::Internal && attempts >= MAX_PARSER_CRASHES => {
+                return Err(given_up(&error.message));
+            }
+            parsed => parsed?,
+        };
         let (model, chunker) = (self.embedder.model.clone(), self.document.chunker);
         let embedders = self.work.embedders().clone();
         let most_tokens = embedders.max_tokens(&model)?;
         let cut = move || chunk(&parsed, &chunker, most_tokens, |text| embedders.count_tokens(&model, text));
         let chunks =
             tokio::task::spawn_blocking(cut).await.map_err(|_| Error::internal("chunking panicked"))?;
-        chunks.map_err(|reason| Error::new(ErrorCode::Unprocessable, reason))
+        chunks.map_err(Stop::Hopeless)
     }
 
     fn point(&self, index: u32, chunk: &Chunk, vector: Vec<f32>, attributes: &Map<String, Value>) -> Point {
@@ -269,5 +327,34 @@ impl Job {
         let name = self.config.vectors.keys().next().cloned().unwrap_or_default();
         let id = self.document.id.chunk_point(self.document.version, index);
         Point { id, vectors: vec![(name, vector)], payload: Value::Object(payload).to_string() }
+    }
+}
+
+/// Why a document is failed that has killed its parser too often.
+fn given_up(last: &str) -> Stop {
+    Stop::Hopeless(format!(
+        "its parser was killed or crashed {MAX_PARSER_CRASHES} times; the file is likely damaged or too \
+         complex (at last: {last})"
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rests_grow_and_are_forgotten() {
+        let mut now = Instant::now();
+        let mut rest = Rest::after(None, now);
+        let mut pauses = vec![rest.pause.as_secs()];
+        for _ in 0..5 {
+            // The next attempt takes a while as well.
+            now = rest.until + Duration::from_secs(5);
+            assert!(!rest.is_forgotten(now));
+            rest = Rest::after(Some(&rest), now);
+            pauses.push(rest.pause.as_secs());
+        }
+        assert_eq!(pauses, [2, 4, 8, 16, 30, 30]);
+        assert!(rest.is_forgotten(rest.until + RETRY_PAUSE.1));
     }
 }

@@ -194,6 +194,15 @@ pub enum Command {
     /// Takes in the answers of another shard to requests that were not done in all of it. After its first
     /// seed.
     SeedPartial(Box<SeedPartial>),
+    /// A document's processing has met trouble and will be tried again: for whoever asks why it takes long.
+    NoteTrouble {
+        /// The document.
+        id: DocumentId,
+        /// The version.
+        version: u64,
+        /// What it was, for the user.
+        reason: String,
+    },
 }
 
 /// Some of what another shard held.
@@ -345,6 +354,7 @@ impl Command {
             | Command::StageChunks { id, .. }
             | Command::PublishDocument { id, .. }
             | Command::EndDocument { id, .. }
+            | Command::NoteTrouble { id, .. }
             | Command::SetAttributes { id, .. } => *id,
             _ => return None,
         };
@@ -418,7 +428,7 @@ pub struct Document {
     pub stage: Stage,
     /// Attempts begun.
     pub attempts: u32,
-    /// The last error, for the user.
+    /// The last error, for the user, until the document is published.
     pub error: Option<String>,
     /// Chunks staged so far: a new leader goes on from here.
     pub staged_chunks: u32,

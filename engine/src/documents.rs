@@ -3,7 +3,7 @@
 //! ```text
 //!  AcceptDocument ─▶ in_progress ── StageChunks* ─▶ PublishDocument ─▶ completed
 //!                        │  ▲ NoteProgress                               │ AcceptDocument with other bytes:
-//!                        ▼  │ (new attempt)                              ▼ in_progress again; the published
+//!                        ▼  │ NoteTrouble                                ▼ in_progress again; the published
 //!                     failed / cancelled                                   version stays visible until then
 //! ```
 //!
@@ -86,6 +86,10 @@ impl State {
                 }
                 Ok(outcome)
             }
+            Command::NoteTrouble { id, version, reason } => self.edit(change, id, version, |document| {
+                document.error = Some(reason);
+                Ok(())
+            }),
             Command::SetAttributes { id, attributes } => self.set_attributes(change, id, attributes),
             Command::DeleteDocument(id) => {
                 let Some(document) = self.document(id)? else { return Ok(Outcome::Absent) };

@@ -179,6 +179,28 @@ fn the_late_end_of_an_older_version_drops_nothing_of_a_newer_one() {
     }
 }
 
+/// Trouble is told while a document waits to be tried again: it costs nothing that is staged, is forgotten
+/// when the document is published, and comes too late afterwards.
+#[test]
+fn trouble_is_told_until_the_document_is_published() {
+    let mut rig = Rig::new();
+    let document = rig.take(accept(1, json!({})));
+    let trouble = |reason: &str| Command::NoteTrouble {
+        id: DOCUMENT,
+        version: document.version,
+        reason: reason.into(),
+    };
+    rig.take(stage(&document, 0..2));
+    rig.take(trouble("no model"));
+    let told = rig.take(trouble("no provider"));
+    assert_eq!((told.error.as_deref(), told.staged_chunks), (Some("no provider"), 2));
+    assert_eq!(rig.in_progress(), told);
+    rig.take(stage(&document, 2..3));
+    assert_eq!(rig.take(publish(&document, 3)).error, None);
+    rig.refuse(trouble("late"));
+    rig.check(&document, 3);
+}
+
 /// Attributes set while a version is being worked on: nothing that carries the old ones becomes
 /// visible any more, and the work that starts over is published with the new ones.
 #[test]

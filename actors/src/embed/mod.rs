@@ -95,11 +95,14 @@ impl Embedders {
             Some((name, model)) => Ok((name, model)),
             None => {
                 let known: Vec<&str> = self.models.keys().map(String::as_str).collect();
-                let message = format!(
-                    "model `{name}` is not on this node (it has: {}); {}",
-                    known.join(", "),
-                    self.missing
+                let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+                let mut message = format!(
+                    "model `{name}` is not on this node, which has {known}: name it in http_models, or set \
+                     it as default_model and put it into the folder of models"
                 );
+                if !self.missing.is_empty() {
+                    message = format!("{message} ({})", self.missing);
+                }
                 Err(Error::new(ErrorCode::NotFound, message))
             }
         }
@@ -108,14 +111,16 @@ impl Embedders {
     /// Checks that this node has the very model that a collection was made with.
     ///
     /// # Errors
-    /// Conflict when the dimension or the weights differ.
+    /// Unavailable when it has none of that name; conflict when the dimension or the weights differ.
     pub fn check(&self, wanted: &EmbedderConfig) -> Result<(), Error> {
-        let here = self.config(Some(&wanted.model))?;
+        // The collection is there, and another node may have its model.
+        let here = self.config(Some(&wanted.model)).map_err(|error| Error::unavailable(error.message))?;
         if here == *wanted {
             return Ok(());
         }
         let message = format!(
-            "the collection was made with model `{}` ({} dimensions, weights {}), this node has {} dimensions, weights {}",
+            "the collection was made with model `{}` ({} dimensions, weights {}), and this node's has {} \
+             dimensions and weights {}: put the collection's model onto this node, or make a new collection",
             wanted.model,
             wanted.dimension,
             short(&wanted.checksum),

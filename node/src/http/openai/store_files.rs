@@ -74,6 +74,8 @@ pub(super) async fn attach(
     context: &Context,
 ) -> Result<(Document, Position), Error> {
     let attributes = checked_attributes(attributes)?;
+    // What this node cannot embed might stay in progress for as long.
+    app.running()?.work.embedders().check(stores::embedder(found)?)?;
     let cluster = &app.running()?.cluster;
     let file = files::find(cluster, files::file_id(file)?, context).await?;
     let route = file.id.route();
@@ -171,8 +173,10 @@ fn status(state: DocumentState) -> &'static str {
 
 pub(super) fn shape(document: &Document, store: &str) -> Value {
     let attributes: Value = serde_json::from_str(&document.attributes).unwrap_or_default();
-    let last_error = match document.state {
-        DocumentState::Failed => json!({"code": "invalid_file", "message": document.error}),
+    let last_error = match (document.state, &document.error) {
+        (DocumentState::Failed, reason) => json!({"code": "invalid_file", "message": reason}),
+        // It is tried again and again.
+        (DocumentState::InProgress, Some(reason)) => json!({"code": "server_error", "message": reason}),
         _ => Value::Null,
     };
     json!({
