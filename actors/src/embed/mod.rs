@@ -197,3 +197,35 @@ impl Model {
 fn short(checksum: &str) -> &str {
     if checksum.is_empty() { "remote" } else { &checksum[..12.min(checksum.len())] }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn another_model_of_the_same_name_is_refused_and_a_missing_one_waited_for() {
+        // The binary does this first thing in main; another test may have been here before.
+        drop(rustls::crypto::ring::default_provider().install_default());
+        let settings = json!({"name": "m", "base_url": "http://127.0.0.1:1", "dimension": 2});
+        let model = HttpModel::new(serde_json::from_value(settings).expect("well formed")).expect("builds");
+        let models = [("m".to_owned(), Model::Http(Arc::new(model)))].into();
+        let embedders = Embedders::new(models, None, 0, "run `make model`");
+        let wanted = |model: &str, dimension, checksum: &str| EmbedderConfig {
+            model: model.to_owned(),
+            dimension,
+            checksum: checksum.to_owned(),
+        };
+        assert!(embedders.check(&wanted("m", 2, "")).is_ok());
+        for other in [wanted("m", 3, ""), wanted("m", 2, &"7e".repeat(32))] {
+            let refused = embedders.check(&other).expect_err("another model");
+            assert_eq!(refused.code, ErrorCode::Conflict);
+            assert!(refused.message.contains("put the collection's model onto this node"), "{refused}");
+        }
+        let missing = embedders.check(&wanted("n", 2, "")).expect_err("no such model");
+        assert_eq!(missing.code, ErrorCode::Unavailable);
+        assert!(missing.message.contains("`n` is not on this node, which has m: name it"), "{missing}");
+        assert!(missing.message.contains("make model"), "{missing}");
+    }
+}
