@@ -3,6 +3,7 @@
 //! ```text
 //!  tests/*.rs ─▶ Cluster ─▶ Node (one process, its directory, its ports, its log)
 //!      │            └─ views of /admin/cluster: leaders, settled, converged
+//!      ├─▶ Provider: embeddings for a node, without a model
 //!      ├─▶ Points, Store, Writers ─▶ Client (deadline, retry with one Idempotency-Key) ─▶ Http
 //!      ├─▶ cli: the binary's other commands, against a node
 //!      └─▶ StatefulSet ─▶ Pod ─▶ Kubelet, Node: as Kubernetes would, by the numbers of k8s/base
@@ -34,6 +35,7 @@ pub mod node;
 pub mod pod;
 pub mod points;
 pub mod ports;
+pub mod provider;
 pub mod python;
 pub mod searcher;
 pub mod service;
@@ -54,6 +56,7 @@ pub use node::{Host, KEY, Node};
 pub use pod::Stopped;
 pub use points::{Freshness, Points, point, vector};
 pub use ports::Ports;
+pub use provider::{Mood, Provider};
 pub use searcher::{Searched, Searcher};
 pub use stateful_set::StatefulSet;
 pub use wait::{say, skip, wait_until};
