@@ -17,6 +17,8 @@ use shoal_raft::{LogConfig, RaftConfig};
 /// A shorter secret is refused where strangers can reach the node: who can connect can try guesses
 /// against its certificate.
 const MIN_SECRET_CHARS: usize = 16;
+/// About the address space of a parser before it has read anything, in bytes.
+const MIN_PARSE_BYTES: u64 = 128 << 20;
 /// A model that sees less of a text is not fit for chunks.
 const MIN_MODEL_TOKENS: usize = 64;
 /// A slower pace would take most of a minute for one piece of a snapshot.
@@ -512,6 +514,13 @@ impl Config {
             self.tls_cert.as_os_str().is_empty() == self.tls_key.as_os_str().is_empty(),
             "tls_cert and tls_key go together"
         );
+        let parse = &self.parse;
+        ensure!(
+            parse.memory_bytes >= MIN_PARSE_BYTES,
+            "parse.memory_bytes: {} is less than the {MIN_PARSE_BYTES} that the parser itself takes",
+            parse.memory_bytes
+        );
+        ensure!(parse.cpu_seconds >= 1 && parse.wall_seconds >= 1, "parse: no time at all is left to it");
         self.check_models()?;
         self.check_exposure()
     }

@@ -1,5 +1,6 @@
 //! Documents: an accepted one is never lost and never there twice, even when a node dies while it
-//! is parsed and embedded; a new version takes the old one's place; a broken one fails alone.
+//! is parsed and embedded; a new version takes the old one's place; a broken one, or one that kills its
+//! parser, fails alone; pages and headings are kept.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -7,7 +8,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use futures::{StreamExt, TryStreamExt, stream};
 use serde_json::{Value, json};
-use shoal_tests::documents::upload;
+use shoal_tests::documents::{Chunk, upload};
+use shoal_tests::provider::{DIMENSIONS, Provider};
 use shoal_tests::{Client, Cluster, Freshness, Request, Store, models, say, skip, wait_until};
 
 /// Uploads in flight at once.
@@ -205,4 +207,130 @@ async fn a_broken_document_fails_with_a_reason_and_blocks_nobody() -> Result<()>
     ensure!(deleted["deleted"] == true, "{deleted}");
     ensure!(client.once(&Request::get(path)).await?.status == 404, "it is still there");
     cluster.finish()
+}
+
+/// A page without end: each of the closing tags is looked for among all that are open. It takes a parser
+/// minutes, and hardly any memory.
+fn endless() -> String {
+    "<span>".repeat(40_000) + &"</u>".repeat(200_000)
+}
+
+/// A small page of very many parts, which takes a parser hundreds of times as much memory.
+fn greedy() -> String {
+    "<p>x".repeat(1 << 20)
+}
+
+/// Documents that kill their parsers, each by another limit, are given up after three attempts with the
+/// reason, and the one after them is none the worse for it.
+#[tokio::test]
+async fn a_document_that_kills_its_parser_is_given_up_and_blocks_nobody() -> Result<()> {
+    let provider = Provider::start().await?;
+    let settings = tempfile::NamedTempFile::new()?;
+    let limited = |mebibytes: u64, cpu_seconds: u64, wall_seconds: u64| {
+        let limits = format!(
+            "[parse]\nmemory_bytes = {}\ncpu_seconds = {cpu_seconds}\nwall_seconds = {wall_seconds}\n",
+            mebibytes << 20
+        );
+        std::fs::write(settings.path(), provider.settings(DIMENSIONS) + &limits)
+    };
+    limited(192, 2, 60)?;
+    let mut cluster = Cluster::of(1).env("SHOAL_CONFIG", &settings.path().to_string_lossy()).start().await?;
+    let client = cluster.client(0).clone();
+    let store = Store::create(&client, "deadly").await?;
+    let memory = store.add(&client, "greedy.html", &greedy(), json!({})).await?;
+    let cpu = store.add(&client, "endless.html", &endless(), json!({})).await?;
+    let mut good = vec![store.add(&client, &name(1), &text(1), json!({})).await?];
+    store.completed(&client, &good, FEW_DEADLINE).await?;
+    is_given_up(&client, &store, &memory, "SIGABRT").await?;
+    is_given_up(&client, &store, &cpu, "SIGKILL").await?;
+
+    limited(1024, 60, 1)?;
+    cluster.node_mut(0).terminate(FEW_DEADLINE).await?;
+    cluster.restart(0).await?;
+    let wall = store.add(&client, "endless.html", &endless(), json!({})).await?;
+    good.push(store.add(&client, &name(2), &text(2), json!({})).await?);
+    store.completed(&client, &good, FEW_DEADLINE).await?;
+    is_given_up(&client, &store, &wall, "longer than 1 s").await?;
+
+    let documents = store.chunks(&client, Freshness::Linearizable).await?;
+    let expected: BTreeSet<&String> = good.iter().collect();
+    ensure!(documents.keys().collect::<BTreeSet<_>>() == expected, "chunks of {:?}", documents.keys());
+    cluster.finish()
+}
+
+async fn is_given_up(client: &Client, store: &Store, file: &str, words: &str) -> Result<()> {
+    let ended = store.ended(client, &[file.to_owned()], FEW_DEADLINE).await?;
+    let ended = &ended[file];
+    ensure!(ended["status"] == "failed", "{ended}");
+    ensure!(ended["progress"]["attempts"] == 3, "{ended}");
+    let reason = ended["last_error"]["message"].as_str().unwrap_or_default();
+    ensure!(reason.contains("killed or crashed 3 times") && reason.contains(words), "no {words:?}: {reason}");
+    Ok(())
+}
+
+/// The fixtures are made by `tests/fixtures/make.py`. Each of their lines is a sentence, and one of them fits
+/// into the overlap.
+#[tokio::test]
+async fn pages_and_headings_are_kept_with_the_chunks() -> Result<()> {
+    let provider = Provider::start().await?;
+    let settings = tempfile::NamedTempFile::new()?;
+    std::fs::write(settings.path(), provider.settings(DIMENSIONS))?;
+    let cluster = Cluster::of(1).env("SHOAL_CONFIG", &settings.path().to_string_lossy()).start().await?;
+    let client = cluster.client(0);
+    let store = Store::create(client, "formats").await?;
+    let sizes = json!({"max_chunk_size_tokens": 40, "chunk_overlap_tokens": 12});
+    let strategy = json!({"chunking_strategy": {"type": "static", "static": sizes}});
+    let pdf = upload(client, "two-pages.pdf", include_bytes!("../fixtures/two-pages.pdf"), None).await?;
+    let docx = upload(client, "headings.docx", include_bytes!("../fixtures/headings.docx"), None).await?;
+    for file in [&pdf, &docx] {
+        store.attach(client, file, strategy.clone()).await?;
+    }
+    store.completed(client, &[pdf.clone(), docx.clone()], FEW_DEADLINE).await?;
+
+    let documents = store.chunks(client, Freshness::Linearizable).await?;
+    let pages = [(json!(1), "The second tower has been lit"), (json!(2), "goats and one black parrot")];
+    check_parts(&documents[&pdf], "page", &pages)?;
+    let headings = [
+        (Value::Null, "They were agreed upon"),
+        (json!("Ropes and knots"), "Gloves are worn by everybody"),
+        (json!("Night shifts"), "At dawn the diary is signed"),
+    ];
+    check_parts(&documents[&docx], "heading", &headings)?;
+    ensure!(documents[&pdf].iter().all(|chunk| chunk.payload["heading"].is_null()), "a PDF has no headings");
+
+    let found = [
+        ("Which animal screamed twice for fog?", &pdf, json!(2), Value::Null),
+        ("When was the first tower of the lighthouse finished?", &pdf, json!(1), Value::Null),
+        ("Who scrubs the gangway?", &docx, Value::Null, json!("Night shifts")),
+    ];
+    for (question, file, page, heading) in found {
+        let path = format!("/v1/vector_stores/{}/search", store.id);
+        let answer = client.json(&Request::ask(path, &json!({"query": question}))).await?;
+        let best = &answer["data"][0];
+        ensure!(best["file_id"] == file.as_str(), "{question}: {best}");
+        ensure!(best["page"] == page && best["heading"] == heading, "{question}: {best}");
+    }
+    cluster.finish()
+}
+
+/// Checks that the parts of a document come in order, each with its sentence, which no other part has, and
+/// that the chunks of a part overlap.
+fn check_parts(chunks: &[Chunk], field: &str, parts: &[(Value, &str)]) -> Result<()> {
+    let mut seen: Vec<&Value> = chunks.iter().map(|chunk| &chunk.payload[field]).collect();
+    seen.dedup();
+    ensure!(seen.iter().copied().eq(parts.iter().map(|(part, _)| part)), "{field}: {seen:?}");
+    for (part, sentence) in parts {
+        let own: Vec<&Chunk> = chunks.iter().filter(|chunk| chunk.payload[field] == *part).collect();
+        ensure!(own.iter().any(|chunk| chunk.text.contains(*sentence)), "{part} lacks {sentence:?}: {own:?}");
+        let mut others = chunks.iter().filter(|chunk| chunk.payload[field] != *part);
+        ensure!(others.all(|chunk| !chunk.text.contains(*sentence)), "{sentence:?} is not only in {part}");
+        for pair in own.windows(2) {
+            let (before, after) = (pair[0], pair[1]);
+            let last = before.text.lines().next_back().unwrap_or_default();
+            ensure!(after.text.starts_with(last), "{:?} does not overlap {:?}", after.text, before.text);
+            let (start, end) = (&after.payload["char_range"][0], &before.payload["char_range"][1]);
+            ensure!(start.as_u64() < end.as_u64(), "{start} is not before {end}");
+        }
+    }
+    Ok(())
 }

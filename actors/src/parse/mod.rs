@@ -156,6 +156,11 @@ async fn talk(limits: ParseLimits, filename: &str, bytes: &[u8]) -> Result<Parse
     let mut child = tokio::process::Command::new(program)
         .arg(CHILD_COMMAND)
         .env_clear()
+        // The allocator would take a gigabyte of address space before the child can limit itself: a lower
+        // limit would not count then, and at that limit not even a thread could be started.
+        .env("MIMALLOC_ARENA_RESERVE", "0")
+        // The threads of the PDF parser take address space as well, one for each core.
+        .env("RAYON_NUM_THREADS", "1")
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
