@@ -282,6 +282,7 @@ impl Command {
     pub fn level(&self) -> Level {
         match self {
             Command::SeedPartial(_) => Level::PARTIAL_ANSWERS,
+            Command::NoteTrouble { .. } => Level::TROUBLE_IS_TOLD,
             Command::Upsert(_)
             | Command::Delete(_)
             | Command::SetPayload { .. }
