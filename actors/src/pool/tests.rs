@@ -35,6 +35,7 @@ impl Fixture {
             base_url: format!("http://{}", silent.local_addr().expect("bound")),
             api_key: String::new(),
             dimension: 2,
+            max_tokens: 512,
             batch: 2,
             concurrency: 2,
             timeout_seconds: 60,
