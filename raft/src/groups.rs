@@ -282,13 +282,16 @@ impl Groups {
             RaftKind::Append => {
                 let request: AppendEntriesRequest<TypeConfig> = read(body)?;
                 let commit = request.leader_commit.map_or(0, |id| id.index);
+                let is_late = request.entries.is_empty() && group.has_just_agreed_to_sleep();
                 let answer = raft.append_entries(request).await.map_err(|e| stopped(e.to_string()))?;
                 if answer.is_success() {
                     group.heard.note(commit);
                 }
                 group.stand_again();
                 // Only now: a tick before it would find the leader's lease run out.
-                group.wake();
+                if !is_late {
+                    group.wake();
+                }
                 codec::encode(&answer)
             }
             RaftKind::Vote => {

@@ -47,6 +47,10 @@ const FOLLOWER_NAP: Duration = Duration::from_secs(30);
 /// first heartbeats; without this, a member that started again just then could take its office.
 const REGAIN: Duration = Duration::from_millis(500);
 
+/// So soon after a follower has agreed to sleep a heartbeat was sent before it was asked. It wakes nobody: with all
+/// followers awake and a leader that sleeps, they would depose it.
+const LATE_HEARTBEAT: Duration = Duration::from_millis(200);
+
 /// The longest that a replica waits before it wakes because its leader's node is gone, in
 /// milliseconds.
 const STAGGER_MS: u64 = 150;
@@ -258,6 +262,11 @@ impl Group {
             Some(nap) => self.peers().beats().is_not_gone(nap.leader, nap.boot),
             None => regaining.is_some_and(|since| since.elapsed() < REGAIN) && self.is_leader(),
         }
+    }
+
+    /// Whether a heartbeat that comes now may be from before this replica fell asleep.
+    pub(crate) fn has_just_agreed_to_sleep(&self) -> bool {
+        self.idle().0.lock().asleep.is_some_and(|nap| nap.since.elapsed() < LATE_HEARTBEAT)
     }
 
     /// A leader's wish that this replica sleeps. Returns whether it does.

@@ -241,6 +241,12 @@ fn status_of(error: Error) -> Status {
 
 impl Wire for End {
     fn raft(&self, to: NodeId, message: RaftMessage) -> BoxFuture<'_, Result<RaftReply, Status>> {
+        if matches!(message.kind(), RaftKind::Vote | RaftKind::PreVote) {
+            let (kind, group, from) = (message.kind(), message.group, self.node);
+            self.net
+                .truth
+                .tell("elections", format_args!("{kind:?} of group {group} from node {from} to node {to}"));
+        }
         if !self.asks_first && message.kind == i32::from(RaftKind::PreVote) {
             let granted = codec::decode::<VoteRequest<TypeConfig>>(&message.body)
                 .map(|request| VoteResponse::<TypeConfig>::new(request.vote, request.last_log_id, true))
