@@ -186,6 +186,7 @@ mod tests {
     use shoal_proto::{ErrorCode, codec};
 
     use super::*;
+    use crate::backup::{Job, JobKind, JobState};
     use crate::placement::GroupReport;
 
     /// As long as a build of the first level may be in the cluster, none of this may look another way: what
@@ -262,6 +263,45 @@ mod tests {
         ];
         for (reply, bytes) in replies {
             assert_eq!(codec::encode(&reply), bytes, "{reply:?}");
+        }
+    }
+
+    /// A node that is at something which the others cannot read of is silent to them: another kind of job belongs
+    /// to a later level, as that of snapshots does, and so does another state.
+    #[test]
+    fn what_nodes_of_the_first_level_are_at_stays_as_it_is() {
+        let kinds = [JobKind::Create, JobKind::Verify, JobKind::Restore, JobKind::Delete];
+        let states: [(JobState, &[u8]); 3] = [
+            (JobState::Running, &[0]),
+            (JobState::Done, &[1]),
+            (JobState::Failed("x".to_owned()), &[2, 1, b'x']),
+        ];
+        for (number, kind) in (0..).zip(kinds) {
+            for (state, state_bytes) in &states {
+                let job = Job {
+                    kind,
+                    backup: "b".to_owned(),
+                    node: NodeId(1),
+                    state: state.clone(),
+                    at: "a".to_owned(),
+                    bytes_done: 2,
+                    bytes_total: 3,
+                    bytes_new: 4,
+                    started_at: 5,
+                    ended_at: Some(6),
+                };
+                let report = NodeReport {
+                    node: NodeId(1),
+                    version: "v".to_owned(),
+                    disk_free_bytes: 3,
+                    is_writable: true,
+                    groups: Vec::new(),
+                    job: Some(job),
+                };
+                let head = [1, 6, 1, 1, b'v', 3, 1, 0, 1, number, 1, b'b', 1];
+                let bytes = [&head[..], *state_bytes, &[1, b'a', 2, 3, 4, 5, 1, 6]].concat();
+                assert_eq!(codec::encode(&Reply::Reported(report)), bytes, "{kind:?} {state:?}");
+            }
         }
     }
 }

@@ -12,7 +12,7 @@
 //! * Level 2: nodes join with their level; the control group's state carries one (its format 5); answers to
 //!   requests that were done in a part of a shard go along when it is split or merged; frozen shards refuse what
 //!   is proposed to them; a restored collection can take the place of another one; snapshots are offered before
-//!   they are sent; documents say why they take long.
+//!   they are sent; documents say why they take long; snapshots of collections are made, of which nodes report.
 //!
 //! What is written to a log, to a snapshot or to a disk, or is sent to a node, in a form that builds of the level
 //! before cannot read, belongs to a new level: give it a line here and a name in [`Level`], raise
@@ -41,6 +41,8 @@ impl Level {
     pub const RESTORES_REPLACE: Level = Level(2);
     /// From here on a snapshot is offered before it is sent.
     pub const SNAPSHOT_OFFERS: Level = Level(2);
+    /// From here on snapshots of collections are made: what a node is at is part of its report.
+    pub const SNAPSHOTS: Level = Level(2);
     /// From here on a document says why it takes long.
     pub const TROUBLE_IS_TOLD: Level = Level(2);
     /// The highest that this build knows.

@@ -17,7 +17,8 @@ pub enum JobKind {
     Restore,
     /// It is deleted.
     Delete,
-    /// A snapshot of one collection is made.
+    /// A snapshot of one collection is made; only from [`SNAPSHOTS`](shoal_proto::Level::SNAPSHOTS) on: builds
+    /// of the level before could not read the report of a node that was ever at one.
     Snapshot,
 }
 

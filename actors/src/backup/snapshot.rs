@@ -17,7 +17,7 @@ use bytes::Bytes;
 use futures::{Stream, TryStreamExt};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use shoal_proto::{Error, ErrorCode};
+use shoal_proto::{Error, ErrorCode, Level};
 
 use super::archive::{MAX_ENTRY_BYTES, hex, pack};
 use super::job::{Begun, JobKind};
@@ -92,9 +92,10 @@ impl Backups {
     /// of files. Returns what it will be called.
     ///
     /// # Errors
-    /// Conflict, when this node is at something else, or somebody else uses the target; not found, when
-    /// there is no such collection.
+    /// Conflict, when this node is at something else, somebody else uses the target, or a node of an earlier
+    /// build would not understand what this one then says of itself; not found, when there is no such collection.
     pub async fn create_snapshot(&self, collection: &str) -> Result<(String, Begun), Error> {
+        self.inner.cluster.require(Level::SNAPSHOTS).await?;
         let collection = self.inner.cluster.state().collection(collection)?.0.to_owned();
         let target = self.target().await?;
         let id = new_id();
