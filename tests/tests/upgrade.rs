@@ -80,13 +80,17 @@ async fn nodes_are_upgraded_one_by_one_under_load() -> Result<()> {
         }
         if is_new && before < SPLIT_LEVEL {
             let shard = cluster.shards("c").await?[0];
-            let split = Request::post(format!("/admin/shards/{shard}/split"), &json!({}));
-            let refused = cluster.client(at).send(&split).await?;
-            let reason = refused.text();
-            ensure!(
-                refused.status == 409 && reason.contains("upgrade ") && reason.contains("n3"),
-                "{reason}"
-            );
+            let location = json!({"location": "http://127.0.0.1:1/x"});
+            for too_new in [
+                Request::post(format!("/admin/shards/{shard}/split"), &json!({})),
+                Request::post("/collections/c/snapshots", &json!({})),
+                Request::put("/collections/c/snapshots/recover", &location),
+            ] {
+                let refused = cluster.client(at).send(&too_new).await?;
+                let reason = refused.text();
+                let is_clear = reason.contains("upgrade ") && reason.contains("n3");
+                ensure!(refused.status == 409 && is_clear, "{too_new}: {} {reason}", refused.status);
+            }
         }
     }
     let told = cluster.client(0).json(&Request::get("/admin/cluster")).await?;

@@ -40,7 +40,7 @@ pub use job::{Begun, Job, JobKind, JobState};
 pub use manifest::{Blob, CollectionCopy, FORMAT, Head, Manifest, Object, ShardCopy, Summary};
 pub use receive::{Receipt, ReceiveLimits, Received};
 pub use restore::RestoreOptions;
-pub use snapshot::Snapshot;
+pub use snapshot::{Recovery, Snapshot};
 pub use target::Target;
 
 use self::target::{AT_ONCE, LARGE_AT_ONCE, Lock};

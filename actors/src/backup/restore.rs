@@ -48,6 +48,8 @@ pub(super) struct Place {
     pub(super) hidden: String,
     /// The name that it gets.
     pub(super) name: String,
+    /// Whether that must be free.
+    pub(super) only_if_free: bool,
 }
 
 /// A restore under way.
@@ -187,17 +189,33 @@ impl Restore<'_> {
         }
         let mut names: BTreeSet<String> = others().map(|collection| collection.name.clone()).collect();
         names.extend(files.filter(|(_, place)| place.is_begun).map(|(files, _)| files.name.clone()));
-        let Some(Place { hidden, name }) = &self.place else {
+        let Some(place) = &self.place else {
             let aliases = manifest.aliases.clone().into_iter();
             let aliases = aliases.filter(|(_, name)| names.contains(name)).collect();
             let command = cluster::Command::EndRestore { restore: self.id, collections: names, aliases };
             return self.control(command).await.map(drop);
         };
-        let (hidden, name) = (hidden.clone(), name.clone());
-        let command = cluster::Command::EndRestoreAs { restore: self.id, collections: names, hidden, name };
-        self.control(command).await?;
+        self.end_as(place, names).await?;
         self.heard().await;
         Ok(())
+    }
+
+    /// Lets what was restored take its place.
+    async fn end_as(&self, place: &Place, collections: BTreeSet<String>) -> Result<(), Error> {
+        let Place { hidden, name, only_if_free } = place;
+        let made = origins_of(&self.backups.inner.cluster.state(), hidden);
+        let command = cluster::Command::EndRestoreAs {
+            restore: self.id,
+            collections,
+            hidden: hidden.clone(),
+            name: name.clone(),
+            only_if_free: *only_if_free,
+        };
+        let Err(error) = self.control(command).await else { return Ok(()) };
+        // An answer that does not come in time says nothing of what was done.
+        let state = self.backups.inner.cluster.fresh_state(Instant::now() + STEP_TIMEOUT).await;
+        let is_in_place = |state: Arc<ClusterState>| made.is_some() && origins_of(&state, name) == made;
+        if state.is_ok_and(is_in_place) { Ok(()) } else { Err(error) }
     }
 
     /// Waits until every node that answers has heard what was shown: nobody reads any more what it has taken
@@ -460,6 +478,11 @@ impl Restore<'_> {
             self.backups.end_leftovers();
         }
     }
+}
+
+/// The shards that a collection was made with, which tell it from every other one.
+fn origins_of(state: &ClusterState, name: &str) -> Option<Vec<cluster::Origin>> {
+    state.collections.get(name).map(|collection| collection.origins.clone())
 }
 
 async fn blocking<T: Send + 'static>(

@@ -33,6 +33,17 @@ const ENDING: &str = ".snapshot";
 /// The length of what `new_id` makes.
 const ID_BYTES: usize = 25;
 
+/// What a snapshot is to become.
+#[derive(Clone, Debug)]
+pub struct Recovery {
+    /// The collection: one that is there, whose place it takes, or a new one.
+    pub name: String,
+    /// Whether there must be none of that name.
+    pub only_if_free: bool,
+    /// The field of a request that has named the snapshot: what is wrong with it is said of that.
+    pub field: &'static str,
+}
+
 /// The head of a snapshot: written last, so that it is whole or is not there.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Snapshot {
@@ -163,22 +174,26 @@ impl Backups {
         .await
     }
 
-    /// Begins to put a snapshot of the target in the place of the collection `name`, or where none is.
+    /// Checks that all nodes would understand the end of a recovery: to be asked before a snapshot is brought.
     ///
     /// # Errors
-    /// Conflict, when this node is at something else. Waiting for its end tells invalid, with that field, when
-    /// the snapshot is damaged.
-    pub async fn recover(
-        &self,
-        snapshot: Snapshot,
-        name: String,
-        field: &'static str,
-    ) -> Result<Begun, Error> {
+    /// Conflict, while there is a node of an earlier build; unavailable, when all were upgraded just now.
+    pub async fn check_recovery(&self) -> Result<(), Error> {
+        self.inner.cluster.require(Level::RESTORES_REPLACE).await
+    }
+
+    /// Begins to put a snapshot of the target in the place of a collection, or where none is.
+    ///
+    /// # Errors
+    /// Conflict, when this node is at something else, and as [`Backups::check_recovery`]. Waiting for its end
+    /// tells invalid, when the snapshot is damaged, and conflict, when there is a collection and must not be.
+    pub async fn recover(&self, snapshot: Snapshot, recovery: Recovery) -> Result<Begun, Error> {
+        self.check_recovery().await?;
         let target = self.target().await?;
         let this = self.clone();
         self.begin(JobKind::Restore, &snapshot.id.clone(), async move |_| {
             let manifest = target.snapshot_manifest(&snapshot).await?;
-            this.recover_now(&target, manifest, name, field).await
+            this.recover_now(&target, manifest, recovery).await
         })
     }
 
@@ -186,18 +201,14 @@ impl Backups {
     ///
     /// # Errors
     /// As [`Backups::recover`].
-    pub fn recover_received(
-        &self,
-        received: Received,
-        name: String,
-        field: &'static str,
-    ) -> Result<Begun, Error> {
+    pub async fn recover_received(&self, received: Received, recovery: Recovery) -> Result<Begun, Error> {
+        self.check_recovery().await?;
         let this = self.clone();
         let id = received.id.clone();
         self.begin(JobKind::Restore, &id, async move |_| {
             // All of it: its files are deleted when this ends, however it does.
             let received = received;
-            this.recover_now(&received.target, received.manifest.clone(), name, field).await
+            this.recover_now(&received.target, received.manifest.clone(), recovery).await
         })
     }
 
@@ -205,9 +216,9 @@ impl Backups {
         &self,
         target: &Target,
         mut manifest: Manifest,
-        name: String,
-        field: &'static str,
+        recovery: Recovery,
     ) -> Result<(), Error> {
+        let Recovery { name, only_if_free, field } = recovery;
         self.verify_now(target, &manifest).await.map_err(|error| refused(error, field))?;
         let hidden = format!("_recovering-{}", uuid::Uuid::new_v4().simple());
         let mut others =
@@ -219,7 +230,7 @@ impl Backups {
         // Those of the collection whose place it takes stay, as with Qdrant.
         manifest.aliases.clear();
         let options = RestoreOptions { collections: Some(vec![hidden.clone()]), ..RestoreOptions::default() };
-        self.put_back(target, &manifest, &options, Some(Place { hidden, name })).await
+        self.put_back(target, &manifest, &options, Some(Place { hidden, name, only_if_free })).await
     }
 }
 

@@ -212,6 +212,8 @@ pub enum Command {
         hidden: String,
         /// The name, which may be free as well.
         name: String,
+        /// Whether it must be free.
+        only_if_free: bool,
     },
 }
 

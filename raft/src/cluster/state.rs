@@ -264,8 +264,8 @@ impl ClusterState {
             Command::EndRestore { restore, collections, aliases } => {
                 self.end_restore(restore, &collections, aliases)
             }
-            Command::EndRestoreAs { restore, collections, hidden, name } => {
-                self.end_restore_as(restore, &collections, &hidden, name)
+            Command::EndRestoreAs { restore, collections, hidden, name, only_if_free } => {
+                self.end_restore_as(restore, &collections, &hidden, name, only_if_free)
             }
             Command::AbortRestore { restore } => {
                 self.abort_restores(|by| by.id == restore);
@@ -488,6 +488,7 @@ impl ClusterState {
         collections: &BTreeSet<String>,
         hidden: &str,
         name: String,
+        only_if_free: bool,
     ) -> Result<Response, Error> {
         let is_ours = |name: &str| self.restoring.get(name).is_some_and(|by| by.id == restore);
         let mut all = collections.iter().map(String::as_str).chain([hidden]);
@@ -500,6 +501,9 @@ impl ClusterState {
         }
         if self.aliases.contains_key(&name) {
             return Err(conflict(format!("`{name}` is an alias")));
+        }
+        if only_if_free && self.collections.contains_key(&name) {
+            return Err(conflict(format!("collection `{name}` already exists")));
         }
         self.drop_reshard(&name);
         let replaced = self.collections.remove(&name).map(|replaced| replaced.shards);

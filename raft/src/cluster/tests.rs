@@ -131,11 +131,12 @@ fn step(state: &mut ClusterState, words: &[&str]) -> String {
             let collections = collections.split(',').map(str::to_owned).collect();
             Command::EndRestore { restore, collections, aliases: aliases.iter().map(pair).collect() }
         }
-        ["end-restore-as", restore, collections, hidden, name] => Command::EndRestoreAs {
+        ["end-restore-as", restore, collections, hidden, name, only_if_free @ ..] => Command::EndRestoreAs {
             restore: RequestId([number(restore) as u8; 16]),
             collections: collections.split(',').map(str::to_owned).collect(),
             hidden: (*hidden).to_owned(),
             name: (*name).to_owned(),
+            only_if_free: only_if_free == ["only-if-free"],
         },
         ["begin-reshard", reshard, name, parents, firsts, instead_of @ ..] => Command::BeginReshard {
             reshard: RequestId([number(reshard) as u8; 16]),

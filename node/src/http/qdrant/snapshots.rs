@@ -14,7 +14,7 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use shoal_actors::backup::{Begun, Receipt, ReceiveLimits, Received, Snapshot, Target};
+use shoal_actors::backup::{Begun, Receipt, ReceiveLimits, Received, Recovery, Snapshot, Target};
 use shoal_proto::{Error, Position};
 use tracing::Instrument;
 use utoipa::{IntoParams, ToSchema};
@@ -237,10 +237,10 @@ async fn recover_upload(
 ) -> Result<Response, QdrantError> {
     let started = Instant::now();
     check_checksum(query.checksum.as_deref())?;
-    let place = place(app, name, query.priority.as_deref()).await?;
+    let recovery = recovery(app, name, query.priority.as_deref(), "snapshot").await?;
     let backups = &app.running()?.backups;
     let received = read_form(form, backups.receive(limits(app))?, query.checksum.as_deref()).await?;
-    end(backups.recover_received(received, place, "snapshot")?, query.wait, started).await
+    end(backups.recover_received(received, recovery).await?, query.wait, started).await
 }
 
 async fn read_form(
@@ -299,11 +299,11 @@ pub(super) async fn recover(
     let request: Recover = read_json(&body)?;
     check_checksum(request.checksum.as_deref())?;
     let location = Location::parse(&request.location)?;
-    let place = place(&app, name, request.priority.as_deref()).await?;
+    let recovery = recovery(&app, name, request.priority.as_deref(), "location").await?;
     let (checksum, api_key) = (request.checksum, request.api_key);
     // A task of its own: it goes on when nobody waits for it any more.
     let recovering = async move {
-        let recovered = bring_and_recover(&app, location, place, checksum, api_key).await;
+        let recovered = bring_and_recover(&app, location, recovery, checksum, api_key).await;
         recovered.inspect_err(|error| tracing::warn!(%error, "a snapshot was not recovered"))
     };
     let recovering = tokio::spawn(recovering.in_current_span());
@@ -317,7 +317,7 @@ pub(super) async fn recover(
 async fn bring_and_recover(
     app: &App,
     location: Location,
-    place: String,
+    recovery: Recovery,
     checksum: Option<String>,
     api_key: Option<String>,
 ) -> Result<(), Error> {
@@ -330,7 +330,7 @@ async fn bring_and_recover(
                 let message = format!("the snapshot has the SHA-256 {}", snapshot.checksum);
                 return Err(Error::invalid("checksum", message));
             }
-            return backups.recover(snapshot, place, "location").await?.wait().await;
+            return backups.recover(snapshot, recovery).await?.wait().await;
         }
         Location::File(path) => {
             let mut receipt = backups.receive(limits(app))?;
@@ -344,14 +344,22 @@ async fn bring_and_recover(
         }
     };
     let received = receipt.finish(checksum).await?;
-    backups.recover_received(received, place, "location")?.wait().await
+    backups.recover_received(received, recovery).await?.wait().await
 }
 
 /// The collection that a snapshot is to become. `replica` prefers what is there: then there is nothing to do.
-async fn place(app: &App, name: String, priority: Option<&str>) -> Result<String, Error> {
+async fn recovery(
+    app: &App,
+    name: String,
+    priority: Option<&str>,
+    field: &'static str,
+) -> Result<Recovery, Error> {
     refuse_internal(&name)?;
     shoal_proto::collection::validate_name("collection_name", &name)?;
-    let found = Found::find_if_any(&app.running()?.cluster, &name).await?;
+    let running = app.running()?;
+    running.backups.check_recovery().await?;
+    let found = Found::find_if_any(&running.cluster, &name).await?;
+    let only_if_free = priority == Some("replica");
     match priority {
         None | Some("snapshot" | "no_sync") => {}
         Some("replica") if found.is_none() => {}
@@ -362,7 +370,7 @@ async fn place(app: &App, name: String, priority: Option<&str>) -> Result<String
         }
         Some(_) => return Err(Error::invalid("priority", "expected snapshot, replica or no_sync")),
     }
-    Ok(found.map_or(name, |found| found.name))
+    Ok(Recovery { name: found.map_or(name, |found| found.name), only_if_free, field })
 }
 
 fn check_checksum(checksum: Option<&str>) -> Result<(), Error> {
