@@ -4,6 +4,9 @@
 //! it anew where the keys say so (content-defined chunking, as in LBFS, Muthitacharoen et al. 2001,
 //! but over keys): from one backup to the next only those pieces differ in which a record does.
 //! [`Archive`] is a shard that is read from such pieces, for whoever puts its records into other shards.
+//!
+//! Pieces may come from anybody, with checksums that are right: what no shard would have written is found out, or
+//! does no harm, and bounded parts of them are in memory at once.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -20,8 +23,15 @@ use crate::store::{SUM, Store, Stored, part_of, sum_of, unparted, weight};
 
 /// A piece has at least this many bytes, unless it is the last one.
 const MIN_PIECE_BYTES: usize = 256 << 10;
-/// A piece ends at the latest after this many bytes.
+/// A piece ends at the latest after this many bytes, and the record that they end in.
 const MAX_PIECE_BYTES: usize = 4 << 20;
+/// What has more bytes is no piece: besides its records it has only their lengths, which take less.
+pub const PIECE_LIMIT_BYTES: u64 = 2 * MAX_PIECE_BYTES as u64;
+/// The most bytes of parts of records that are kept until the other parts have come. In an export they come one
+/// after the other.
+const MAX_HELD_BYTES: usize = 64 << 20;
+/// About what it costs to keep a part, besides its bytes.
+const HELD_PART_BYTES: usize = 64;
 /// Of so many keys one ends a piece that is large enough.
 const CUT_EVERY: u32 = 128;
 
@@ -79,9 +89,28 @@ pub struct Inspection {
     /// The sum over the records that came by, and the one that was kept with them.
     sum: u64,
     claimed: Option<u64>,
-    /// Keys of records whose values come in so many parts, and the parts that have come.
-    parted: BTreeMap<Vec<u8>, u32>,
-    parts: BTreeMap<(Vec<u8>, u32), Vec<u8>>,
+    /// Records whose values come in parts, of which some have not come yet, by their keys.
+    parted: BTreeMap<Vec<u8>, Parted>,
+    /// What those take, about.
+    held_bytes: usize,
+}
+
+/// A record whose value comes in parts.
+#[derive(Default)]
+struct Parted {
+    /// How many there are, once that is known.
+    count: Option<u32>,
+    parts: BTreeMap<u32, Vec<u8>>,
+    /// What is counted for it in `held_bytes`.
+    held_bytes: usize,
+}
+
+impl Parted {
+    fn is_whole(&self) -> bool {
+        let after_last = self.parts.last_key_value().map_or(0, |(last, _)| u64::from(*last) + 1);
+        // All from the first one on.
+        self.parts.len() as u64 == after_last && self.count.map(u64::from) == Some(after_last)
+    }
 }
 
 impl Inspection {
@@ -102,18 +131,36 @@ impl Inspection {
         self.sum = self.sum.wrapping_add(weight(key, stored));
         let is_record = |key: &[u8]| matches!(key.first(), Some(&keys::DOCUMENT | &keys::FILE));
         if let Some((of, index)) = part_of(key).filter(|(of, _)| is_record(of)) {
-            self.parts.insert((of.to_vec(), index), value.value()?);
-            return Ok(());
+            return self.hold(of, None, Some((index, value.value()?)));
         }
         match key.first() {
             Some(&keys::POINT) => self.contents.points += 1,
             _ if is_record(key) => match value {
                 Stored::Whole(value) => self.note_record(key, &value)?,
-                Stored::Parts(count) => drop(self.parted.insert(key.to_vec(), count)),
+                Stored::Parts(count) => self.hold(key, Some(count), None)?,
             },
             _ => {}
         }
         Ok(())
+    }
+
+    /// Keeps what is known of a record that comes in parts, until all of them have come.
+    fn hold(&mut self, key: &[u8], count: Option<u32>, part: Option<(u32, Vec<u8>)>) -> Result<()> {
+        let bytes = HELD_PART_BYTES + key.len() + part.as_ref().map_or(0, |(_, part)| part.len());
+        if self.held_bytes + bytes > MAX_HELD_BYTES {
+            return Err(damaged(key, "too many parts have come without the others of their records"));
+        }
+        self.held_bytes += bytes;
+        let parted = self.parted.entry(key.to_vec()).or_default();
+        parted.held_bytes += bytes;
+        parted.count = count.or(parted.count);
+        parted.parts.extend(part);
+        if !parted.is_whole() {
+            return Ok(());
+        }
+        let whole = self.parted.remove(key).unwrap_or_default();
+        self.held_bytes -= whole.held_bytes;
+        self.note_record(key, &whole.parts.into_values().collect::<Vec<_>>().concat())
     }
 
     fn note_record(&mut self, key: &[u8], value: &[u8]) -> Result<()> {
@@ -131,27 +178,28 @@ impl Inspection {
         Ok(())
     }
 
+    /// What is in the pieces that came by so far.
+    pub fn contents(&self) -> &Contents {
+        &self.contents
+    }
+
     /// To be called when every piece came by.
     ///
     /// # Errors
     /// Damaged, when records are missing.
-    pub fn finish(mut self) -> Result<Contents> {
+    pub fn finish(self) -> Result<Contents> {
         if self.claimed != Some(self.sum) {
             return Err(missing());
         }
-        for (key, count) in std::mem::take(&mut self.parted) {
-            let mut value = Vec::new();
-            for index in 0..count {
-                let part = self.parts.get(&(key.clone(), index));
-                value.extend_from_slice(part.ok_or_else(|| Error::Damaged {
-                    key: String::from_utf8_lossy(&key).escape_debug().to_string(),
-                    reason: "a part is missing".into(),
-                })?);
-            }
-            self.note_record(&key, &value)?;
+        match self.parted.keys().next() {
+            Some(key) => Err(damaged(key, "a part is missing")),
+            None => Ok(self.contents),
         }
-        Ok(self.contents)
     }
+}
+
+fn damaged(key: &[u8], reason: &str) -> Error {
+    Error::Damaged { key: key.escape_ascii().to_string(), reason: reason.to_owned() }
 }
 
 fn missing() -> Error {
@@ -229,10 +277,11 @@ impl Archive {
     ) -> Result<Vec<Point>> {
         let mut points = Vec::new();
         let mut taken = 0;
-        let start = keys::point(after.map_or(0, |slot| slot.saturating_add(1)));
-        for item in self.store.scan_from(&[keys::POINT], start) {
+        // After the last slot there is none.
+        let Some(first) = after.map_or(Some(0), |slot| slot.checked_add(1)) else { return Ok(points) };
+        for item in self.store.scan_from(&[keys::POINT], keys::point(first)) {
             let (key, value) = item?;
-            let slot = u32::from_be_bytes(key[1..].try_into().expect("a point key has five bytes"));
+            let slot = keys::point_slot(&key).ok_or_else(|| damaged(&key, "not the key of a point"))?;
             *after = Some(slot);
             let record: PointRecord = decode(&key, &value)?;
             let mut vectors = Vec::new();
@@ -275,10 +324,8 @@ impl Archive {
     /// Damaged, when a record is.
     pub fn staged(&self, after: &mut RecordCursor, bytes: usize) -> Result<Vec<StagedChunk>> {
         let chunk = |(key, value): (Vec<u8>, Vec<u8>)| {
-            let (document, version, chunk) = keys::staged_parts(&key).ok_or_else(|| Error::Damaged {
-                key: key.escape_ascii().to_string(),
-                reason: "not the key of a staged chunk".into(),
-            })?;
+            let (document, version, chunk) =
+                keys::staged_parts(&key).ok_or_else(|| damaged(&key, "not the key of a staged chunk"))?;
             Ok(StagedChunk { document, version, chunk, point: decode(&key, &value)? })
         };
         self.batch(keys::STAGED, after, bytes)?.into_iter().map(chunk).collect()
@@ -344,5 +391,90 @@ impl Archive {
     fn records<T: serde::de::DeserializeOwned>(&self, kind: u8) -> Result<Vec<T>> {
         let items = self.store.scan(&[kind]);
         items.map(|item| item.and_then(|(key, value)| decode(&key, &value))).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use shoal_proto::PointId;
+
+    use super::*;
+    use crate::store::Batch;
+
+    /// The pieces of a shard with these records, made by somebody who knows how they look.
+    fn pieces(dir: &Path, records: Vec<(Vec<u8>, Vec<u8>)>) -> Vec<Vec<u8>> {
+        let store = Store::open(&dir.join("made")).expect("opens");
+        let mut batch = Batch::default();
+        records.into_iter().for_each(|(key, value)| batch.put(key, value));
+        store.commit(batch).expect("commits");
+        let cursor = store.export().expect("fixed");
+        std::iter::from_fn(|| cursor.next_piece().expect("readable")).collect()
+    }
+
+    fn archive(dir: &Path, pieces: &[Vec<u8>]) -> Archive {
+        let taken: PathBuf = dir.join("taken");
+        let mut archive = Archive::create(&taken).expect("made");
+        pieces.iter().for_each(|piece| archive.take(piece).expect("its checksums are right"));
+        archive.check().expect("all of it");
+        archive
+    }
+
+    fn record(id: u64) -> Vec<u8> {
+        codec::encode(&PointRecord { id: PointId::Num(id), version: 1, payload: "{}".into() })
+    }
+
+    #[test]
+    fn after_the_last_slot_there_is_no_point() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let records = vec![(keys::point(7), record(1)), (keys::point(u32::MAX), record(2))];
+        let archive = archive(dir.path(), &pieces(dir.path(), records));
+        let (config, mut after) = (CollectionConfig::default(), None);
+        for id in [1, 2] {
+            let points = archive.points(&config, &mut after, 1).expect("readable");
+            assert_eq!(points.iter().map(|point| point.id).collect::<Vec<_>>(), [PointId::Num(id)]);
+        }
+        assert!(archive.points(&config, &mut after, 1).expect("readable").is_empty());
+    }
+
+    #[test]
+    fn a_key_that_no_shard_writes_is_damage() {
+        for key in [&b"P\x01"[..], b"P\x01\x02\x03\x04\x05"] {
+            let dir = tempfile::tempdir().expect("a directory");
+            let archive = archive(dir.path(), &pieces(dir.path(), vec![(key.to_vec(), record(1))]));
+            let refused = archive.points(&CollectionConfig::default(), &mut None, 1).map(drop);
+            assert!(refused.expect_err("no point").is_damage(), "{}", key.escape_ascii());
+        }
+    }
+
+    #[test]
+    fn parts_are_put_together_in_any_order_and_not_all_kept() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let file = |number: u8| FileRecord {
+            id: DocumentId([number; 16]),
+            filename: "long".repeat(10_000),
+            blob: BlobHash([number; 32]),
+            bytes: 5,
+            purpose: "assistants".into(),
+            created_at: 1,
+        };
+        let files: Vec<FileRecord> = (0..3).map(file).collect();
+        let records = files.iter().map(|file| (keys::file(file.id), codec::encode(file))).collect();
+        let mut all: Vec<(Vec<u8>, Vec<u8>)> = Vec::new();
+        for piece in pieces(dir.path(), records) {
+            all.extend(pairs(&piece).expect("readable"));
+        }
+        let forth = codec::encode(&all);
+        all.reverse();
+        let back = codec::encode(&all);
+        for piece in [&forth, &back] {
+            let mut inspection = Inspection::default();
+            inspection.take(piece).expect("whole");
+            assert_eq!((inspection.held_bytes, inspection.parted.len()), (0, 0));
+            assert_eq!(inspection.finish().expect("whole").files, 3);
+        }
+        let mut full = Inspection { held_bytes: MAX_HELD_BYTES, ..Inspection::default() };
+        assert!(full.take(&forth).expect_err("no more is kept").is_damage());
     }
 }

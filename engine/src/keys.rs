@@ -36,6 +36,11 @@ pub(crate) fn point(slot: u32) -> Vec<u8> {
     [&[POINT][..], &slot.to_be_bytes()].concat()
 }
 
+/// The slot in the key of a point.
+pub(crate) fn point_slot(key: &[u8]) -> Option<u32> {
+    Some(u32::from_be_bytes(key.strip_prefix(&[POINT])?.try_into().ok()?))
+}
+
 pub(crate) fn vector(slot: u32, name: &str) -> Vec<u8> {
     [&[VECTOR][..], &slot.to_be_bytes(), name.as_bytes()].concat()
 }

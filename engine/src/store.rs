@@ -23,6 +23,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use parking_lot::{Mutex, RwLock};
+use shoal_proto::codec::MAX_ENCODED_BYTES;
 use shoal_proto::planted::{Bug, crash_point, is_planted};
 
 use crate::error::{Error, Result};
@@ -32,6 +33,8 @@ use crate::keys;
 /// Larger values are stored in parts of this many bytes. A sled page holds up to 16 values and
 /// must stay well under a quarter of a segment.
 pub const PART_BYTES: usize = 12 << 10;
+/// The most bytes of a value: it comes out of one log entry.
+const MAX_VALUE_BYTES: usize = MAX_ENCODED_BYTES as usize;
 /// sled's segment size, in bytes: a quarter of it bounds a page.
 const SEGMENT_BYTES: usize = 1 << 20;
 /// Bytes that sled may cache per shard.
@@ -304,6 +307,9 @@ impl Store {
             let part_key = part_key(key, index);
             let part = self.db.get(&part_key)?.ok_or_else(|| damaged(key, "a part is missing"))?;
             value.extend_from_slice(unseal(&part_key, &part)?.1);
+            if value.len() > MAX_VALUE_BYTES {
+                return Err(damaged(key, "it has more parts than a value has"));
+            }
         }
         Ok(value)
     }

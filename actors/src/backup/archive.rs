@@ -29,6 +29,8 @@ const BLOCK: usize = 512;
 pub(super) const MAX_ENTRY_BYTES: u64 = (1 << 33) - 1;
 /// The largest head that is taken in.
 const MAX_HEAD_BYTES: u64 = 1 << 20;
+/// The largest manifest that is taken in, in bytes: that of about 400,000 files, or of some 100 GB of points.
+pub(super) const MAX_MANIFEST_BYTES: u64 = 64 << 20;
 /// The longest id that is taken in, in bytes.
 const MAX_ID_BYTES: usize = 64;
 /// Bytes that are read at a time.

@@ -118,6 +118,12 @@ impl Manifest {
             .flat_map(|shard| shard.pieces.iter().copied().chain(shard.blobs.iter().map(|blob| blob.object)))
     }
 
+    /// The largest piece of a shard, in bytes.
+    pub(super) fn largest_piece(&self) -> u64 {
+        let shards = self.collections.iter().flat_map(|collection| &collection.shards);
+        shards.flat_map(|shard| &shard.pieces).map(|piece| piece.bytes).max().unwrap_or(0)
+    }
+
     /// What it holds.
     pub fn summaries(&self) -> Vec<Summary> {
         self.collections.iter().map(CollectionCopy::summary).collect()

@@ -208,6 +208,9 @@ impl Backups {
                 .await
                 .map_err(Error::internal)?
                 .map_err(|error| damaged(&error))?;
+            if inspection.contents().blobs.len() > shard.blobs.len() {
+                return Err(damaged(&"its records name bytes of more files than it has"));
+            }
         }
         let contents = inspection.finish().map_err(|error| damaged(&error))?;
         let found = (contents.points, contents.documents, contents.files);

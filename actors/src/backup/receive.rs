@@ -9,7 +9,7 @@ use shoal_proto::{Error, ErrorCode};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::task::JoinHandle;
 
-use super::archive::{hex, spool, unpack, wrong};
+use super::archive::{MAX_MANIFEST_BYTES, hex, spool, unpack, wrong};
 use super::manifest::Manifest;
 use super::snapshot::refused;
 use super::target::Target;
@@ -25,7 +25,7 @@ const PIECES_WAITING: usize = 16;
 pub struct ReceiveLimits {
     /// Bytes of the archive.
     pub archive_bytes: u64,
-    /// Bytes of one of its objects: a file, a piece of a shard, or the manifest.
+    /// Bytes of one of its objects: a file, as a rule. Pieces of shards and the manifest have less.
     pub object_bytes: u64,
 }
 
@@ -130,8 +130,16 @@ impl Receipt {
         if checksum.is_some_and(|wanted| !wanted.eq_ignore_ascii_case(&found)) {
             return Err(Error::invalid("checksum", format!("the snapshot has the SHA-256 {found}")));
         }
-        let manifest = async { target.manifest(&target.head(&id).await?).await };
-        let manifest = manifest.await.map_err(|error| refused(error, "snapshot"))?;
+        let head = target.head(&id).await.map_err(|error| refused(error, "snapshot"))?;
+        if head.manifest.bytes > MAX_MANIFEST_BYTES {
+            let message = format!(
+                "snapshot: its manifest has {} bytes, and {MAX_MANIFEST_BYTES} is the most that is taken in; \
+                 unpacked with tar it is a backup target, to restore it from",
+                head.manifest.bytes
+            );
+            return Err(Error::new(ErrorCode::TooLarge, message));
+        }
+        let manifest = target.manifest(&head).await.map_err(|error| refused(error, "snapshot"))?;
         for object in manifest.objects() {
             if !target.has(&object).await? {
                 return Err(wrong(format!("object {} is missing", object.hash)));

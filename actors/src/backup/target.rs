@@ -28,6 +28,7 @@ use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutOptions};
 use parking_lot::Mutex;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use shoal_engine::backup::PIECE_LIMIT_BYTES;
 use shoal_proto::{BlobHash, Error, ErrorCode};
 
 use super::manifest::{FORMAT, Head, Manifest, Object};
@@ -147,7 +148,7 @@ impl Target {
     pub(crate) async fn get(&self, object: &Object) -> Result<Bytes, Error> {
         let path = object_path(object.hash);
         let damaged = |what: &str| Error::internal(format!("{path} of {} {what}: {AGAIN}", self.name));
-        let bytes = match self.read(&path).await? {
+        let bytes = match self.read_within(&path, object.bytes).await? {
             Some(bytes) => bytes,
             None => return Err(damaged("is missing")),
         };
@@ -172,7 +173,15 @@ impl Target {
     }
 
     async fn read(&self, path: &Path) -> Result<Option<Bytes>, Error> {
-        let read = async { self.store.get(path).await?.bytes().await };
+        self.read_within(path, u64::MAX).await
+    }
+
+    /// Reads a file; nothing of one that has more bytes than that.
+    async fn read_within(&self, path: &Path, most: u64) -> Result<Option<Bytes>, Error> {
+        let read = async {
+            let found = self.store.get(path).await?;
+            if found.meta.size > most { Ok(Bytes::new()) } else { found.bytes().await }
+        };
         match read.await {
             Ok(bytes) => Ok(Some(bytes)),
             Err(object_store::Error::NotFound { .. }) => Ok(None),
@@ -295,9 +304,16 @@ impl Target {
     }
 
     async fn read_manifest(&self, id: &str, manifest: &Object) -> Result<Manifest, Error> {
+        let wrong = |reason: &dyn std::fmt::Display| {
+            Error::internal(format!("the manifest of {id} is not understood: {reason}"))
+        };
         let text = self.get(manifest).await?;
-        serde_json::from_slice(&text)
-            .map_err(|error| Error::internal(format!("the manifest of {id} is not understood: {error}")))
+        let manifest: Manifest = serde_json::from_slice(&text).map_err(|error| wrong(&error))?;
+        // Pieces are read as a whole, several at once.
+        match manifest.largest_piece() {
+            large if large > PIECE_LIMIT_BYTES => Err(wrong(&format!("a piece of {large} bytes"))),
+            _ => Ok(manifest),
+        }
     }
 
     /// Takes a backup's head away, if it is there. Its objects stay until [`Target::sweep`].
@@ -584,6 +600,21 @@ mod tests {
         // A short one is written again by the next backup that has it.
         assert!(target.put(Bytes::from_static(b"bytes")).await.expect("written").1);
         assert_eq!(&target.get(&object).await.expect("whole")[..], b"bytes");
+    }
+
+    #[tokio::test]
+    async fn what_is_larger_than_it_may_be_is_not_read() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let target = Target::open(dir.path().to_str().expect("text")).expect("opens");
+        publish(&target, "1-a", &vec![0; PIECE_LIMIT_BYTES as usize + 1]).await;
+        let refused = target.manifest(&target.head("1-a").await.expect("there")).await;
+        assert!(refused.is_err_and(|error| error.message.contains("a piece of 8388609 bytes")));
+        publish(&target, "2-a", &vec![0; PIECE_LIMIT_BYTES as usize]).await;
+        target.manifest(&target.head("2-a").await.expect("there")).await.expect("not too large");
+        // An object that has more bytes than was said is another one.
+        let (object, _) = target.put(Bytes::from_static(b"bytes")).await.expect("written");
+        let shorter = Object { bytes: 4, ..object };
+        assert!(target.get(&shorter).await.is_err_and(|error| error.message.contains("is damaged")));
     }
 
     #[tokio::test]

@@ -32,7 +32,8 @@ use crate::http::points::Found;
 const MAX_FIELDS: usize = 16;
 /// Bytes of a refused upload that are read and thrown away.
 const DRAINED_BYTES: usize = 16 << 20;
-/// What a snapshot consists of besides files has objects of at most this, in bytes: a manifest of some terabytes.
+/// A file in a snapshot may have as many bytes as an upload, and as many as this in any case: where it comes from
+/// other limits may hold.
 const LEAST_OBJECT_BYTES: u64 = 256 << 20;
 
 #[derive(Deserialize, IntoParams)]
