@@ -21,7 +21,7 @@ use shoal_proto::{BlobHash, Error, ErrorCode};
 
 use super::manifest::{Manifest, Object};
 use super::snapshot::Snapshot;
-use super::target::{AT_ONCE, LARGE_AT_ONCE, Target};
+use super::target::{AT_ONCE, Target};
 
 /// Everything in a tar archive is padded to this.
 const BLOCK: usize = 512;
@@ -62,7 +62,8 @@ pub(super) fn pack(
     // Two empty blocks end it.
     let blocks = [Bytes::from_static(&[0; 2 * BLOCK]), Bytes::new(), Bytes::new()];
     let end = stream::iter([Ok::<_, Error>(blocks)]);
-    let parts = read(small, AT_ONCE).chain(read(large, LARGE_AT_ONCE)).chain(end);
+    // Of files one at a time: it may be as large as an upload may be.
+    let parts = read(small, AT_ONCE).chain(read(large, 1)).chain(end);
     let parts = parts.map_ok(|parts| stream::iter(parts.map(Ok::<_, Error>))).try_flatten();
     parts.try_filter(|part| std::future::ready(!part.is_empty()))
 }

@@ -17,6 +17,7 @@
 
 mod archive;
 mod create;
+mod download;
 mod job;
 mod manifest;
 mod receive;
@@ -43,6 +44,7 @@ pub use restore::RestoreOptions;
 pub use snapshot::{Recovery, Snapshot};
 pub use target::Target;
 
+use self::download::DOWNLOADS_AT_ONCE;
 use self::target::{AT_ONCE, LARGE_AT_ONCE, Lock};
 use crate::blobs::BlobStore;
 use crate::cluster::Cluster;
@@ -81,6 +83,7 @@ struct Inner {
     /// Snapshots on their way in.
     received: PathBuf,
     receiving: Arc<Semaphore>,
+    downloads: Arc<Semaphore>,
     job: Mutex<Option<Job>>,
     /// Held by a restore, and by whoever ends what restores of this node have left.
     restoring: tokio::sync::Mutex<()>,
@@ -116,6 +119,7 @@ impl Backups {
             scratch,
             received,
             receiving: Arc::new(Semaphore::new(RECEIVING_AT_ONCE)),
+            downloads: Arc::new(Semaphore::new(DOWNLOADS_AT_ONCE)),
             job: Mutex::default(),
             restoring: tokio::sync::Mutex::default(),
         };

@@ -84,20 +84,6 @@ fn name_of(collection: &str, id: &str) -> String {
     format!("{collection}-{id}{ENDING}")
 }
 
-impl Target {
-    /// A snapshot as one file, of as many bytes as its head says.
-    ///
-    /// # Errors
-    /// As [`Target::manifest`]; in the middle of it when an object is missing or damaged.
-    pub async fn download(
-        &self,
-        snapshot: &Snapshot,
-    ) -> Result<impl Stream<Item = Result<Bytes, Error>> + Send + use<>, Error> {
-        let manifest = self.snapshot_manifest(snapshot).await?;
-        Ok(pack(self, snapshot, &manifest))
-    }
-}
-
 impl Backups {
     /// Begins a snapshot of a collection (a name or an alias); with a store of documents goes the collection
     /// of files. Returns what it will be called.

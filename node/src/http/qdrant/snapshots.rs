@@ -164,7 +164,7 @@ pub(super) async fn download(
     Path((collection, name)): Path<(String, String)>,
 ) -> Result<Response, QdrantError> {
     let (target, snapshot) = find(&app, &collection, &name).await?;
-    let archive = target.download(&snapshot).await?;
+    let archive = app.running()?.backups.download(&target, &snapshot).await?;
     // A header is ASCII.
     let file = if name.is_ascii() { name } else { format!("{}.snapshot", snapshot.id) };
     let headers = [
