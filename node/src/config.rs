@@ -262,8 +262,12 @@ pub struct Limits {
     pub queue_milliseconds: u64,
     /// Seconds that a request may take from its last byte on when the client does not say.
     pub request_seconds: u64,
-    /// Seconds in which a client must have sent its headers, from 1.
+    /// Seconds in which a client must have sent the headers of a connection's first request, and answered when it
+    /// is asked whether it is still there; from 1.
     pub header_seconds: u64,
+    /// Seconds that a connection may be idle between requests, with the headers of the next one; from
+    /// `header_seconds`.
+    pub idle_seconds: u64,
     /// The longest pause of a client in the middle of a body, in seconds, from 1.
     pub body_pause_seconds: u64,
     /// How fresh reads are when the client does not say: `linearizable`, `session`, `eventual`.
@@ -381,6 +385,7 @@ impl Default for Limits {
             queue_milliseconds: 1000,
             request_seconds: 10,
             header_seconds: 10,
+            idle_seconds: 75,
             body_pause_seconds: 10,
             default_consistency: ConsistencySetting::default(),
         }
@@ -509,6 +514,11 @@ impl Config {
         );
         ensure!(self.limits.body_bytes <= 60 << 20, "limits.body_bytes: at most 60 MiB fit into the log");
         ensure!(self.limits.header_seconds >= 1, "limits.header_seconds: less than 1");
+        ensure!(
+            self.limits.idle_seconds >= self.limits.header_seconds,
+            "limits.idle_seconds: {} is less than limits.header_seconds",
+            self.limits.idle_seconds
+        );
         ensure!(self.limits.body_pause_seconds >= 1, "limits.body_pause_seconds: less than 1");
         ensure!(
             self.tls_cert.as_os_str().is_empty() == self.tls_key.as_os_str().is_empty(),

@@ -1,8 +1,9 @@
-//! Connections that say in time what they speak.
+//! Connections that say in time what they want.
 //!
 //! The HTTP library tells HTTP/1 from HTTP/2 by a connection's first bytes and waits for them for ever; its
-//! limit on the time for headers begins only when it knows. Whoever connects and says nothing, or no more
-//! than the beginning of HTTP/2's preface, would keep a socket for good. Such a connection ends here.
+//! limit on the time for headers begins only when it knows, and is one with that on the time between two requests,
+//! which is much longer. Whoever connects and says nothing, no more than the beginning of HTTP/2's preface, or half
+//! of its first request's headers, would keep a socket for good, or for long. Such a connection ends here.
 
 use std::io;
 use std::pin::Pin;
@@ -53,34 +54,50 @@ where
     }
 }
 
-/// A stream whose reads fail when it is not known in time what it speaks.
+/// A stream whose reads fail when its first words do not come in time.
 pub struct Prompt<S> {
     inner: S,
-    /// Until it is known.
+    /// Until they have come.
     waiting: Option<Waiting>,
 }
 
 struct Waiting {
     deadline: Pin<Box<Sleep>>,
-    /// Bytes of the preface that have come.
-    matched: usize,
+    words: FirstWords,
+}
+
+/// What a connection begins with, as far as it has come: HTTP/2's preface, or the headers of HTTP/1's first request.
+struct FirstWords {
+    /// Bytes of the preface that have come; none when something else has.
+    of_preface: Option<usize>,
+    /// Whether nothing has come since the end of a line.
+    line_is_empty: bool,
 }
 
 impl<S> Prompt<S> {
     fn new(inner: S, patience: Duration) -> Prompt<S> {
         let deadline = Box::pin(tokio::time::sleep(patience));
-        Prompt { inner, waiting: Some(Waiting { deadline, matched: 0 }) }
+        let words = FirstWords { of_preface: Some(0), line_is_empty: false };
+        Prompt { inner, waiting: Some(Waiting { deadline, words }) }
     }
 }
 
-impl Waiting {
-    /// Whether it is known with these further bytes: they are the rest of the preface, or not of it. An
-    /// end (no bytes) needs no patience either.
-    fn is_over(&mut self, bytes: &[u8]) -> bool {
-        let rest = &PREFACE[self.matched..];
-        let same = bytes.iter().zip(rest).take_while(|(is, wanted)| is == wanted).count();
-        self.matched += same;
-        bytes.is_empty() || same < bytes.len() || self.matched == PREFACE.len()
+impl FirstWords {
+    /// Whether they are whole with these further bytes. An end (no bytes) needs no patience either.
+    fn are_whole(&mut self, bytes: &[u8]) -> bool {
+        bytes.is_empty() || bytes.iter().any(|byte| self.end_with(*byte))
+    }
+
+    fn end_with(&mut self, byte: u8) -> bool {
+        self.of_preface =
+            self.of_preface.filter(|matched| PREFACE[*matched] == byte).map(|matched| matched + 1);
+        if let Some(matched) = self.of_preface {
+            return matched == PREFACE.len();
+        }
+        // The library takes lines that end without a carriage return, too.
+        let is_end = byte == b'\n' && self.line_is_empty;
+        self.line_is_empty = byte == b'\n' || (byte == b'\r' && self.line_is_empty);
+        is_end
     }
 }
 
@@ -99,7 +116,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Prompt<S> {
                 waiting.deadline.as_mut().poll(context).map(|()| Err(io::ErrorKind::TimedOut.into()))
             }
             Poll::Ready(read) => {
-                if waiting.is_over(&buffer.filled()[before..]) {
+                if waiting.words.are_whole(&buffer.filled()[before..]) {
                     this.waiting = None;
                 }
                 Poll::Ready(read)
@@ -154,12 +171,26 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn who_does_not_say_what_it_speaks_is_not_waited_for() {
-        for bytes in [&b""[..], b"P", b"PRI * HTTP/2.0\r\n"] {
+    async fn who_does_not_say_what_it_wants_is_not_waited_for() {
+        for bytes in [
+            &b""[..],
+            b"P",
+            b"PRI * HTTP/2.0\r\n",
+            b"PRI / HTTP/1.1\r\n",
+            b"G",
+            b"GET / HTTP/1.1\r\nhost: a\r\n",
+            b"GET / HTTP/1.1\r\nhost: a\r\n\r",
+        ] {
             assert_eq!(said(bytes).await, Some(io::ErrorKind::TimedOut), "{bytes:?}");
         }
         // From here on it is the library's patience that counts.
-        for bytes in [&b"G"[..], b"PRI / HTTP/1.1", PREFACE, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\nmore"] {
+        for bytes in [
+            PREFACE,
+            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\nmore",
+            b"GET / HTTP/1.1\r\n\r\n",
+            b"GET / HTTP/1.1\nhost: a\n\n",
+            b"PUT / HTTP/1.1\r\nhost: a\r\n\r\nbody",
+        ] {
             assert_eq!(said(bytes).await, None, "{bytes:?}");
         }
     }

@@ -14,7 +14,8 @@ use anyhow::{Context, Result};
 use axum_server::Handle;
 use axum_server::accept::NoDelayAcceptor;
 use axum_server::tls_rustls::{RustlsAcceptor, RustlsConfig};
-use hyper_util::rt::TokioTimer;
+use hyper_util::rt::{TokioExecutor, TokioTimer};
+use hyper_util::server::conn::auto::Builder;
 use shoal_actors::backup::BackupConfig;
 use shoal_actors::bootstrap::Discovery;
 use shoal_actors::embed::{Embedders, HttpModel, LocalModel, Model};
@@ -27,7 +28,7 @@ use shoal_raft::cluster::Addresses;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::app::App;
-use crate::config::Config;
+use crate::config::{Config, Limits};
 use crate::prompt::PromptAcceptor;
 use crate::{certificate, grpc, http, log, metrics};
 
@@ -107,13 +108,26 @@ async fn serve_http(app: App, handle: Handle<std::net::SocketAddr>) -> Result<()
         let acceptor = RustlsAcceptor::new(tls).acceptor(NoDelayAcceptor::new());
         let acceptor = PromptAcceptor::new(acceptor, header_timeout);
         let mut server = axum_server::from_tcp(listener)?.acceptor(acceptor).handle(handle);
-        server.http_builder().http1().timer(TokioTimer::new()).header_read_timeout(header_timeout);
+        limit_connections(server.http_builder(), &config.limits);
         return Ok(server.serve(service).await?);
     }
     let acceptor = PromptAcceptor::new(NoDelayAcceptor::new(), header_timeout);
     let mut server = axum_server::from_tcp(listener)?.acceptor(acceptor).handle(handle);
-    server.http_builder().http1().timer(TokioTimer::new()).header_read_timeout(header_timeout);
+    limit_connections(server.http_builder(), &config.limits);
     Ok(server.serve(service).await?)
+}
+
+/// How long connections last on which nothing comes after their first words. The library's time for headers of
+/// HTTP/1 runs from the end of the request before. With HTTP/2, whoever has been silent for so long is asked
+/// whether it is still there.
+fn limit_connections(builder: &mut Builder<TokioExecutor>, limits: &Limits) {
+    let idle = Duration::from_secs(limits.idle_seconds);
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(idle);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .keep_alive_interval(idle)
+        .keep_alive_timeout(Duration::from_secs(limits.header_seconds));
 }
 
 /// When the certificate expires that is served from now on. It is read once: a new one needs a new start.

@@ -20,6 +20,10 @@ const UPLOAD_BYTES: usize = 8000;
 const PATIENCE: Duration = Duration::from_secs(2);
 /// Less than what a node waits for without these settings.
 const DEADLINE: Duration = Duration::from_secs(8);
+/// For how long a node keeps a connection on which nothing comes, in these tests.
+const IDLE: Duration = Duration::from_secs(6);
+/// What a connection with HTTP/2 begins with.
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// The length of `HTTP/1.1 200`.
 const STATUS_BYTES: u64 = 12;
 /// 150 bytes that are an array of no points with 100,000 spaces in it, by gzip.
@@ -136,6 +140,40 @@ async fn who_does_not_go_on_is_not_waited_for() -> Result<()> {
     tokio::time::timeout(DEADLINE, stream.read_exact(&mut answer)).await.context("no answer")??;
     ensure!(answer == b"HTTP/1.1 200", "{}", String::from_utf8_lossy(&answer));
     ensure!(points.count(None).await? == 1, "what was sent slowly is not there");
+    cluster.finish()
+}
+
+/// Reads until the node ends the connection, within so long.
+async fn ended(mut stream: TcpStream, limit: Duration) -> Result<()> {
+    let ended = tokio::time::timeout(limit, stream.read_to_end(&mut Vec::new())).await;
+    // A reset is an end as well.
+    drop(ended.with_context(|| format!("the node still waits after {limit:?}"))?);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_connection_is_kept_between_requests_and_not_for_good() -> Result<()> {
+    let (header, idle) = (PATIENCE.as_secs(), IDLE.as_secs());
+    let (_dir, cluster) = limited(&format!("header_seconds = {header}\nidle_seconds = {idle}")).await?;
+    let address = cluster.node(0).http_address();
+    let request = format!("GET /health/live HTTP/1.1\r\nhost: {address}\r\n\r\n");
+    let mut stream = connected(&cluster, request.as_bytes()).await?;
+    let silent = connected(&cluster, PREFACE).await?;
+
+    for _ in 0..2 {
+        let mut status = [0; STATUS_BYTES as usize];
+        let answered = tokio::time::timeout(DEADLINE, stream.read_exact(&mut status)).await;
+        answered.context("no answer")?.context("an idle connection was cut")?;
+        ensure!(&status == b"HTTP/1.1 200", "{}", String::from_utf8_lossy(&status));
+        // Longer than the first headers may take.
+        tokio::time::sleep(PATIENCE + PATIENCE / 2).await;
+        // The rest of the answer.
+        drop(stream.try_read(&mut [0; 4096]));
+        stream.write_all(request.as_bytes()).await?;
+    }
+    // Nobody answers when it is asked whether it is there.
+    ended(silent, IDLE + PATIENCE + DEADLINE).await?;
+    ended(stream, IDLE + DEADLINE).await?;
     cluster.finish()
 }
 
