@@ -13,7 +13,7 @@ use sha2::{Digest, Sha256};
 use shoal_actors::cluster::Staleness;
 use shoal_proto::{Error, ErrorCode};
 use subtle::ConstantTimeEq;
-use tracing::Instrument;
+use tracing::{Instrument, Span};
 use uuid::Uuid;
 
 use crate::app::App;
@@ -24,28 +24,24 @@ use crate::http::error::{Surface, render};
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// The longest request id that is taken from a client, in bytes.
 const MAX_REQUEST_ID_BYTES: usize = 128;
+/// What is noted as the status of a request that nobody waited for: nobody gets it. nginx has the same number.
+const CLIENT_GONE: u16 = 499;
 /// How the content type of a form begins.
 const FORM: &[u8] = b"multipart/";
 /// Paths that need no key: they tell only whether the node lives.
 const OPEN: [&str; 5] = ["/health/live", "/health/ready", "/healthz", "/livez", "/readyz"];
 
-/// One log line and one measurement per request. What comes every few seconds from probes and from
-/// Prometheus is logged at `debug` only.
+/// One log line and one measurement per request, also of one whose client goes away before it is answered. What
+/// comes every few seconds from probes and from Prometheus is logged at `debug` only, unless it fails.
 pub(super) async fn observe(mut request: Request, next: Next) -> Response {
-    let started = Instant::now();
-    let method = request.method().clone();
-    let path = request.uri().path().to_owned();
-    // The route, not the path: labels take few values.
-    let route = request.extensions().get::<MatchedPath>().map_or("none", MatchedPath::as_str).to_owned();
     let id = request_id(request.headers());
     let staleness = Staleness::default();
     request.extensions_mut().insert(staleness.clone());
-    gauge!("shoal_http_in_flight").increment(1.0);
     // A span of the highest level: whatever is logged within has the id, at every level of the log.
     let span = tracing::error_span!("request", request_id = id);
-    let mut response = next.run(request).instrument(span.clone()).await;
-    gauge!("shoal_http_in_flight").decrement(1.0);
-    let status = response.status();
+    let mut observed = Observed::begin(&request, span.clone());
+    let mut response = next.run(request).instrument(span).await;
+    observed.status = response.status().as_u16();
     if let Ok(value) = HeaderValue::from_str(&id) {
         response.headers_mut().insert(REQUEST_ID, value);
     }
@@ -53,19 +49,51 @@ pub(super) async fn observe(mut request: Request, next: Next) -> Response {
         let age = age.map_or(HeaderValue::from_static("unknown"), HeaderValue::from);
         response.headers_mut().insert(STALENESS, age);
     }
-    let _in_span = span.enter();
-    let (milliseconds, code) = (started.elapsed().as_secs_f64() * 1e3, status.as_u16());
-    if is_probe(&path) {
-        tracing::debug!(%method, path, route, status = code, milliseconds, "request");
-    } else if status.is_server_error() {
-        tracing::warn!(%method, path, route, status = code, milliseconds, "request");
-    } else {
-        tracing::info!(%method, path, route, status = code, milliseconds, "request");
-    }
-    let labels = [("method", method.to_string()), ("path", route), ("status", status.as_u16().to_string())];
-    counter!("http_requests_total", &labels).increment(1);
-    histogram!("http_request_duration_seconds", &labels).record(started.elapsed());
     response
+}
+
+/// A request while it is here. When it is dropped, it was answered, or its client has gone.
+struct Observed {
+    started: Instant,
+    method: Method,
+    path: String,
+    route: String,
+    status: u16,
+    span: Span,
+}
+
+impl Observed {
+    fn begin(request: &Request, span: Span) -> Observed {
+        gauge!("shoal_http_in_flight").increment(1.0);
+        // The route, not the path: labels take few values.
+        let route = request.extensions().get::<MatchedPath>().map_or("none", MatchedPath::as_str);
+        Observed {
+            started: Instant::now(),
+            method: request.method().clone(),
+            path: request.uri().path().to_owned(),
+            route: route.to_owned(),
+            status: CLIENT_GONE,
+            span,
+        }
+    }
+}
+
+impl Drop for Observed {
+    fn drop(&mut self) {
+        gauge!("shoal_http_in_flight").decrement(1.0);
+        let Observed { started, method, path, route, status, span } = &*self;
+        let (elapsed, status) = (started.elapsed(), *status);
+        let milliseconds = elapsed.as_secs_f64() * 1e3;
+        span.in_scope(|| match status {
+            500.. => tracing::warn!(%method, path, route, status, milliseconds, "request"),
+            _ if is_probe(path) => tracing::debug!(%method, path, route, status, milliseconds, "request"),
+            _ => tracing::info!(%method, path, route, status, milliseconds, "request"),
+        });
+        let labels =
+            [("method", method.to_string()), ("path", route.clone()), ("status", status.to_string())];
+        counter!("http_requests_total", &labels).increment(1);
+        histogram!("http_request_duration_seconds", &labels).record(elapsed);
+    }
 }
 
 /// Whether machines ask for a path again and again, to know how this node is.

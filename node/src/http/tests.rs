@@ -2,9 +2,10 @@
 //! before anything is asked of the node, in the shape of the route's surface, with the name of the field.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use axum::Router;
-use axum::body::{Body, to_bytes};
+use axum::body::{Body, Bytes, to_bytes};
 use axum::http::{Request, StatusCode, header};
 use metrics_exporter_prometheus::PrometheusBuilder;
 use serde_json::Value;
@@ -171,4 +172,20 @@ async fn what_is_right_gets_as_far_as_the_node() {
     let (status, said) = answer(&routes, "POST", "/admin/log-level", r#"{"level":"debug"}"#).await;
     assert_eq!((status, &said["level"]), (StatusCode::OK, &Value::from("debug")));
     assert_eq!(answer(&routes, "GET", "/health/live", "").await.0, StatusCode::OK);
+}
+
+#[tokio::test]
+async fn a_request_whose_client_goes_away_is_not_there_any_more() {
+    let recorder = PrometheusBuilder::new().build_recorder();
+    let page = recorder.handle();
+    let _here = metrics::set_default_local_recorder(&recorder);
+    let endless = futures::stream::pending::<Result<Bytes, std::io::Error>>();
+    let request = Request::post("/collections/c/points/scroll").body(Body::from_stream(endless));
+    let answering = routes().oneshot(request.expect("a request"));
+    let answered = tokio::time::timeout(Duration::from_millis(50), answering).await;
+    assert!(answered.is_err(), "half a body was answered");
+    let page = page.render();
+    assert!(page.contains("shoal_http_in_flight 0"), "{page}");
+    let counted = page.lines().find(|line| line.starts_with("http_requests_total{"));
+    assert!(counted.is_some_and(|line| line.contains("status=\"499\"") && line.ends_with(" 1")), "{page}");
 }
