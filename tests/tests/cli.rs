@@ -125,6 +125,44 @@ async fn a_run_that_ended_in_between_is_taken_up_again() -> Result<()> {
     cluster.finish()
 }
 
+/// Earlier builds made the id of a document of its path in the folder and its bytes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_document_of_an_earlier_build_is_not_there_twice() -> Result<()> {
+    if models().is_none() {
+        skip("a_document_of_an_earlier_build_is_not_there_twice", "there are no models");
+        return Ok(());
+    }
+    let cluster = Cluster::of(1).start().await?;
+    let client = cluster.client(0);
+    let folder = tempfile::tempdir()?;
+    std::fs::write(folder.path().join("a.md"), HERON)?;
+    let store = Store::create(client, "notes").await?;
+    let hash = blake3::hash(format!("a.md\0{HERON}").as_bytes()).to_hex();
+    let former = format!("file-{}", &hash[..32]);
+    shoal_tests::documents::upload(client, "a.md", HERON.as_bytes(), Some(&former)).await?;
+    let attributes = json!({"path": "a.md", "read": true});
+    store.attach(client, &former, json!({"attributes": attributes})).await?;
+
+    let said = ingest(&cluster, folder.path()).await?;
+    ensure!(said.contains("1 documents searchable, 0 failed"), "{said}");
+    let now = texts(client, &store).await?;
+    ensure!(now.len() == 1 && now[0].0 != former && now[0].1.contains(HERON), "{now:?}");
+    let kept = store.file(client, &now[0].0).await?;
+    ensure!(kept["attributes"] == attributes, "what was said of it is lost: {kept}");
+
+    // By the name of its folder it is another one, wherever the folder lies.
+    let moved = tempfile::tempdir()?;
+    std::fs::copy(folder.path().join("a.md"), moved.path().join("a.md"))?;
+    for (folder, known) in [(&folder, false), (&moved, true)] {
+        let folder = folder.path().to_str().context("a path of the tests is text")?;
+        let command = ["ingest", folder, "--store", "notes", "--name", "laptop"];
+        let said = cli::run_at(&cluster.node(0).url(), &command, DEADLINE).await?;
+        ensure!(said.contains("were there already") == known, "{said}");
+        ensure!(said.contains("2 documents searchable, 0 failed"), "{said}");
+    }
+    cluster.finish()
+}
+
 #[tokio::test]
 async fn a_model_is_checked() -> Result<()> {
     let empty = tempfile::tempdir()?;
