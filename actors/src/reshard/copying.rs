@@ -131,6 +131,7 @@ impl<'a> Copying<'a> {
     async fn pass_on(&self, sources: &mut [Source]) -> Result<(), Error> {
         for source in sources {
             let last = self.freeze(source.shard).await?;
+            source.spool.require(last);
             while source.done < last {
                 self.replay_some(source).await?;
             }
@@ -164,7 +165,7 @@ impl<'a> Copying<'a> {
     async fn seed(&self, parent: ShardId) -> Result<Source, Error> {
         // From now on its log is kept as it grows: it may be purged before the copy is through. After what it has
         // applied there is nothing, and how far that is comes with it.
-        let (_, begin) = self.cluster.tail(parent, u64::MAX - 1).await?;
+        let (_, begin) = self.cluster.tail(parent, u64::MAX - 1, 0).await?;
         let path = self.scratch.join(format!("{}.tail", uuid::Uuid::new_v4()));
         let spool = Spool::begin(self.cluster.clone(), parent, begin, path)?;
         let (index, copy) = self.copy(parent, begin).await?;

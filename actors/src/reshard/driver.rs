@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use shoal_proto::{Error, ErrorCode, RequestId};
+use shoal_proto::{Error, ErrorCode, RequestId, ShardId};
 use shoal_raft::cluster::{self, ClusterState};
 
 use super::STEP_TIMEOUT;
@@ -35,15 +35,15 @@ impl Driver {
         let began = Instant::now();
         let mut pause = Duration::ZERO;
         let mut reason = String::new();
+        let mut children = Vec::new();
         for _ in 0..MAX_ATTEMPTS {
-            match self.attempt(pause).await {
-                Ok(true) => {
-                    metrics::counter!("shoal_reshards_total", "result" => "ok").increment(1);
-                    let seconds = began.elapsed().as_secs_f64();
-                    tracing::info!(collection = self.name, seconds, "its shards were changed");
-                    return true;
+            match self.attempt(pause, &mut children).await {
+                Ok(is_done) => {
+                    if is_done {
+                        self.note_success(began);
+                    }
+                    return is_done;
                 }
-                Ok(false) => return false,
                 Err(error) => {
                     metrics::counter!("shoal_reshards_total", "result" => "failed").increment(1);
                     let is_last = !is_worth_repeating(&error);
@@ -59,6 +59,10 @@ impl Driver {
                 }
             }
             pause = (2 * pause).clamp(RETRY_PAUSES.0, RETRY_PAUSES.1);
+        }
+        if self.are_in_use(&children).await {
+            self.note_success(began);
+            return true;
         }
         // What was copied goes with it, which matters where a disk is full.
         match self.cluster.abort_reshard(&self.name, Instant::now() + STEP_TIMEOUT).await {
@@ -76,11 +80,27 @@ impl Driver {
         false
     }
 
-    /// One attempt. False when there is nothing to do any more. The pause comes when what an attempt before has
-    /// frozen may thaw already.
-    async fn attempt(&self, pause: Duration) -> Result<bool, Error> {
+    fn note_success(&self, began: Instant) {
+        metrics::counter!("shoal_reshards_total", "result" => "ok").increment(1);
+        let seconds = began.elapsed().as_secs_f64();
+        tracing::info!(collection = self.name, seconds, "its shards were changed");
+    }
+
+    /// Whether the new shards of an attempt have taken their place: its end may have been agreed upon although
+    /// nobody has said so in time.
+    async fn are_in_use(&self, children: &[ShardId]) -> bool {
+        let state = self.cluster.fresh_state(Instant::now() + STEP_TIMEOUT).await;
+        state.is_ok_and(|state| all_in_use(&state, children))
+    }
+
+    /// One attempt, with new shards, which are noted. Otherwise there is nothing to do any more, because the attempt
+    /// before has succeeded (true), or it was given up. The pause comes when what an attempt before has frozen may
+    /// thaw already.
+    async fn attempt(&self, pause: Duration, children: &mut Vec<ShardId>) -> Result<bool, Error> {
         let state = self.cluster.fresh_state(Instant::now() + STEP_TIMEOUT).await?;
-        let Some(known) = state.resharding.get(&self.name) else { return Ok(false) };
+        let Some(known) = state.resharding.get(&self.name) else {
+            return Ok(all_in_use(&state, children));
+        };
         // What another attempt has made may be half of something.
         let id = RequestId(uuid::Uuid::new_v4().into_bytes());
         let firsts = known.children.iter().map(|child| state.shards[child].first).collect();
@@ -96,8 +116,14 @@ impl Driver {
         let begun =
             |state: &Arc<ClusterState>| state.resharding.get(&self.name).is_some_and(|now| now.id == id);
         let state = self.cluster.wait_state(Instant::now() + STEP_TIMEOUT, begun).await?;
-        let copy = Copying::new(self, &state, &state.resharding[&self.name])?;
-        copy.run().await?;
+        let begun = &state.resharding[&self.name];
+        children.clone_from(&begun.children);
+        Copying::new(self, &state, begun)?.run().await?;
         Ok(true)
     }
+}
+
+/// Whether shards that an attempt has made are in use; without any attempt nothing is.
+fn all_in_use(state: &ClusterState, children: &[ShardId]) -> bool {
+    !children.is_empty() && children.iter().all(|child| state.is_in_use(*child))
 }

@@ -32,8 +32,10 @@ pub(super) struct Spool {
 struct Spooled {
     /// Where in the file the next pieces are.
     pieces: VecDeque<(u64, usize)>,
-    /// The last index that was applied when it was asked last.
+    /// The last index that is known to be applied somewhere.
     applied: Option<u64>,
+    /// The index that is to be fetched in any case: a replica that is behind it is not the only one that is asked.
+    least: u64,
     failed: Option<Error>,
 }
 
@@ -57,6 +59,11 @@ impl Spool {
             (None, Some(applied)) => Ok(applied.saturating_sub(index)),
             (None, None) => Ok(u64::MAX),
         }
+    }
+
+    /// From now on replicas that have applied less are passed over when they have nothing new.
+    pub(super) fn require(&self, least: u64) {
+        self.shared.lock().least = least;
     }
 
     /// The next piece, or none when nothing more was fetched yet.
@@ -92,7 +99,8 @@ async fn fetch(
     shared: Arc<Mutex<Spooled>>,
 ) {
     loop {
-        let fetched = match cluster.tail(shard, after).await {
+        let least = shared.lock().least;
+        let fetched = match cluster.tail(shard, after, least).await {
             Ok(_) if !cluster.is_writable() => Err(disk_full()),
             Ok((commands, applied)) => keep(&file, commands).await.map(|kept| (kept, applied)),
             Err(error) => Err(error),
@@ -105,7 +113,8 @@ async fn fetch(
                         after = last;
                         spooled.pieces.push_back(piece);
                     }
-                    spooled.applied = Some(applied);
+                    // The next one to answer may be behind the last one.
+                    spooled.applied = spooled.applied.max(Some(applied));
                     after >= applied
                 }
                 Err(error) => {
@@ -150,22 +159,30 @@ fn disk_full() -> Error {
 
 impl Cluster {
     /// Commands that a shard has applied after an index, from a replica that has them, and the last index that
-    /// it has applied.
+    /// it has applied: `least` or a later one, or else there are some, or no replica that answers has come so far.
     pub(super) async fn tail(
         &self,
         shard: ShardId,
         after: u64,
+        least: u64,
     ) -> Result<(Vec<(u64, Option<Bytes>)>, u64), Error> {
         let deadline = Instant::now() + STEP_TIMEOUT;
         loop {
             let mut reason = String::from("no replica answers");
+            let mut behind = None;
             for node in self.holders(shard) {
                 let call = Call::Tail { group: shard.into(), after, limit_bytes: TAIL_BYTES };
                 match self.call(node, call, Duration::from_secs(5)).await {
-                    Reply::Tail(commands, applied) => return Ok((commands, applied)),
+                    Reply::Tail(commands, applied) if applied >= least || !commands.is_empty() => {
+                        return Ok((commands, applied));
+                    }
+                    Reply::Tail(commands, applied) => behind = Some((commands, applied)),
                     Reply::Failed(error) => reason = format!("node {node}: {}", error.message),
                     _ => {}
                 }
+            }
+            if let Some(known) = behind {
+                return Ok(known);
             }
             if Instant::now() > deadline {
                 return Err(Error::unavailable(format!(
