@@ -122,7 +122,8 @@ impl Backups {
         let scope = id.to_string();
         let restore = Restore { backups: self, target, place, id: RequestId(id.into_bytes()), scope };
         let restored = restore.run(manifest, &chosen, options).await;
-        drop(std::fs::remove_dir_all(&self.inner.scratch));
+        let scratch = self.inner.scratch.clone();
+        drop(tokio::task::spawn_blocking(move || std::fs::remove_dir_all(scratch)).await);
         if restored.is_err() {
             restore.give_up().await;
         }
