@@ -1,9 +1,14 @@
 //! Where a snapshot is that is to be recovered: one of the backup target's own, a file in the target's
 //! directory, or what an HTTP server has.
 //!
-//! Whoever has the key can make a node send requests, as with Qdrant. So a node follows no redirects, sends no
-//! key but the one that it was told to send, waits for a limited time, and tells nothing of what it got but
-//! whether it was a snapshot. Of files only those are opened that lie in the directory of `backup.target`.
+//! Whoever has the key can make a node send requests, as with Qdrant: to any address that the node reaches. So a
+//! node follows no redirects, uses no proxy, sends no key but the one that it was told to send, and waits for a
+//! limited time. What it tells of a server is whether it was reached, with the reason when it was not, and its
+//! status; of what came, why that is no snapshot, which names the first file of an archive that does not belong there,
+//! and otherwise nothing of its content.
+//!
+//! Of files only those are opened that lie in the directory of `backup.target`, wherever links may lead. Whoever can
+//! change that directory while a file is being opened can have another one opened.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
