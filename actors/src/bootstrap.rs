@@ -5,7 +5,8 @@
 //!        │ no
 //!        ▼
 //!  greet every known address, again and again:
-//!    somebody has a cluster            ─▶ join it (idempotent: the incarnation is on disk first)
+//!    somebody has a cluster            ─▶ join it (idempotent: the incarnation is on disk first),
+//!                                         unless a node of this name lives there
 //!    all `expect` nodes have none, and
 //!    this node's name is the lowest    ─▶ create it
 //! ```
@@ -31,6 +32,9 @@ use shoal_raft::cluster::{Addresses, too_old};
 const HELLO_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a node whose disk is damaged looks for members that take it in anew.
 const REJOIN_LIMIT: Duration = Duration::from_secs(60);
+/// How long a node tries to join under the name of a node that lives: as long as a process may take to end
+/// whose successor has been started already.
+const NAME_PATIENCE: Duration = Duration::from_secs(20);
 /// The pause between two rounds.
 const ROUND_PAUSE: Duration = Duration::from_millis(200);
 
@@ -87,7 +91,7 @@ impl NodeFile {
     }
 
     /// A node that belongs to no cluster yet.
-    fn fresh() -> NodeFile {
+    pub(crate) fn fresh() -> NodeFile {
         NodeFile {
             format: Level::FIRST.0,
             incarnation: uuid::Uuid::new_v4().to_string(),
@@ -156,20 +160,34 @@ pub enum Found {
     },
 }
 
-/// Searches until the node can join or must create. Never gives up: an operator sees in the
-/// log what is being waited for.
+/// Searches until the node can join or must create. Never gives up for want of others: an operator sees in
+/// the log what is being waited for.
 ///
 /// # Errors
-/// Conflict, when the cluster works at a level that this build does not know.
+/// Conflict, when the cluster works at a level that this build does not know, or has a node of this name that
+/// lives.
 pub async fn find_cluster(peers: &Peers, discovery: &Discovery, file: &NodeFile) -> Result<Found, Error> {
     let mut rounds = 0u32;
+    let mut name_is_taken_since = None;
+    let mut said = String::new();
     loop {
-        let greetings = greet(peers, discovery).await?;
+        let greetings = greet(peers, discovery, file).await?;
         match decide(&discovery.name, discovery.expect, &greetings) {
             Decision::Create => return Ok(Found::Create),
             Decision::Join(address) => match join(peers, discovery, file, &address, false).await {
                 Ok(found) => return Ok(found),
-                Err(error) => tracing::warn!(%error, address, "could not join yet; will try again"),
+                Err(error) => {
+                    if error.code == ErrorCode::Conflict {
+                        let since: &mut Instant = name_is_taken_since.get_or_insert_with(Instant::now);
+                        if since.elapsed() >= NAME_PATIENCE {
+                            return Err(error);
+                        }
+                    }
+                    if said != error.message {
+                        tracing::warn!(%error, address, "could not join yet; will try again");
+                        said = error.message;
+                    }
+                }
             },
             Decision::Wait(reason) if rounds.is_multiple_of(25) => {
                 tracing::info!(reason, "waiting to join a cluster")
@@ -193,6 +211,9 @@ fn decide(name: &str, expect: usize, greetings: &BTreeMap<String, (String, Strin
     if let Some((address, _)) = greetings.iter().find(|(_, (_, cluster))| !cluster.is_empty()) {
         return Decision::Join(address.clone());
     }
+    if greetings.values().any(|(other, _)| other == name) {
+        return Decision::Wait(format!("another process is called `{name}` as well: each node needs a name"));
+    }
     let mut names: Vec<&str> = greetings.values().map(|(name, _)| name.as_str()).chain([name]).collect();
     names.sort_unstable();
     names.dedup();
@@ -213,12 +234,21 @@ fn decide(name: &str, expect: usize, greetings: &BTreeMap<String, (String, Strin
 ///
 /// # Errors
 /// Conflict, when one belongs to a cluster of a level that this build does not know.
-async fn greet(peers: &Peers, discovery: &Discovery) -> Result<BTreeMap<String, (String, String)>, Error> {
+async fn greet(
+    peers: &Peers,
+    discovery: &Discovery,
+    file: &NodeFile,
+) -> Result<BTreeMap<String, (String, String)>, Error> {
+    // A DNS name may stand for all nodes, this one among them.
+    let is_here = |reply: &HelloReply| match reply.incarnation.as_str() {
+        "" => reply.name == discovery.name,
+        incarnation => incarnation == file.incarnation,
+    };
     let mut greetings = BTreeMap::new();
     for address in resolve(&discovery.join).await {
         let request = HelloRequest { name: discovery.name.clone(), ..HelloRequest::default() };
         if let Some(reply) = hello(peers, request, &address).await
-            && reply.name != discovery.name
+            && !is_here(&reply)
         {
             check_level(&reply)?;
             greetings.insert(address, (reply.name, reply.cluster_id));
@@ -269,7 +299,7 @@ pub async fn resolve(targets: &[String]) -> Vec<String> {
     addresses
 }
 
-/// Gives up an identity whose disk is damaged, and joins as a new node that takes its place. The
+/// Gives up an identity whose disk is damaged, and joins as the new node of `file` that takes its place. The
 /// damaged files are moved into a folder beside, in place of what was there from another time.
 ///
 /// # Errors
@@ -279,14 +309,14 @@ pub async fn rejoin(
     peers: &Peers,
     discovery: &Discovery,
     dir: &Path,
+    mut file: NodeFile,
     reason: &io::Error,
 ) -> Result<(), Error> {
     tracing::error!(%reason, "what this node has stored is damaged; it will join as a new node");
-    let mut file = NodeFile::fresh();
     let mut refusal = "no member of the cluster answers".to_owned();
     let end = Instant::now() + REJOIN_LIMIT;
     while Instant::now() < end {
-        for (address, (_, cluster)) in greet(peers, discovery).await? {
+        for (address, (_, cluster)) in greet(peers, discovery, &file).await? {
             if cluster.is_empty() {
                 continue;
             }
@@ -356,7 +386,11 @@ async fn join(
         gives_up,
         level: Level::LATEST.0,
     };
-    let reply = client.join(request).await.map_err(|status| unavailable(status.message()))?.into_inner();
+    let reply = client.join(request).await.map_err(|status| match status.code() {
+        tonic::Code::AlreadyExists => Error::new(ErrorCode::Conflict, status.message()),
+        _ => unavailable(status.message()),
+    })?;
+    let reply = reply.into_inner();
     let level = Level::from_wire(reply.level);
     Ok(Found::Joined { node: NodeId(reply.node_id), cluster_id: reply.cluster_id, level })
 }
@@ -416,6 +450,22 @@ mod tests {
         assert_eq!(decide("a", 3, &greetings(&[("b", ""), ("c", "")])), Decision::Create);
         assert!(matches!(decide("b", 3, &greetings(&[("a", ""), ("c", "")])), Decision::Wait(_)));
         assert!(matches!(decide("a", 3, &greetings(&[("b", "")])), Decision::Wait(_)));
+    }
+
+    #[test]
+    fn two_of_one_name_do_not_create_two_clusters() {
+        let twins = greetings(&[("b", ""), ("a", "")]);
+        assert!(matches!(decide("a", 2, &twins), Decision::Wait(_)));
+        assert_eq!(decide("a", 2, &greetings(&[("a", "id")])), Decision::Join("a:6334".into()));
+    }
+
+    #[tokio::test]
+    async fn a_name_is_looked_up_and_each_address_greeted_once() {
+        let targets = ["localhost:6334", "127.0.0.1:6334", "nobody.invalid:6334"].map(str::to_owned);
+        let found = resolve(&targets).await;
+        let here = found.iter().filter(|address| *address == "127.0.0.1:6334");
+        assert_eq!(here.count(), 1, "{found:?}");
+        assert!(found.iter().all(|address| address.ends_with(":6334") && !address.contains("nobody")));
     }
 
     #[test]

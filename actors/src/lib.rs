@@ -57,6 +57,7 @@ mod latencies;
 pub mod levels;
 pub mod limits;
 mod mesh;
+mod namesake;
 pub mod parse;
 pub mod placement;
 mod pool;

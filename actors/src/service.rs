@@ -11,7 +11,7 @@ use shoal_proto::peer::{
     BeatReply, BeatRequest, CallReply, CallRequest, FetchStateRequest, GetBlobRequest, HelloReply,
     HelloRequest, JoinReply, JoinRequest, Piece, PutBlobReply, RaftMessage, RaftReply,
 };
-use shoal_proto::{BlobHash, GroupId, Level, NodeId, ShardId, codec};
+use shoal_proto::{BlobHash, ErrorCode, GroupId, Level, NodeId, ShardId, codec};
 use shoal_raft::Throttle;
 use shoal_raft::cluster::{Addresses, Command, Response, too_old};
 use tokio_stream::StreamExt;
@@ -20,6 +20,7 @@ use tonic::{Request, Status, Streaming};
 use crate::blobs::BlobStore;
 use crate::call::{Call, Reply};
 use crate::cluster::{Cluster, ReadOptions};
+use crate::namesake;
 
 /// How long a shard may take to show that it can do without a node.
 const GIVE_UP_TIMEOUT: Duration = Duration::from_secs(5);
@@ -33,6 +34,8 @@ pub struct Identity {
     pub node: NodeId,
     /// Empty before the node has joined.
     pub cluster_id: String,
+    /// That of the data directory; empty before it was read.
+    pub incarnation: String,
 }
 
 /// The service. It is up before the node has joined, when it can only greet.
@@ -82,6 +85,7 @@ impl Peer for PeerService {
             is_removed,
             level: Level::LATEST.0,
             cluster_level: state.map_or(0, |state| state.level.0),
+            incarnation: identity.incarnation,
         }))
     }
 
@@ -100,8 +104,13 @@ impl Peer for PeerService {
         if level < in_force {
             return Err(Status::failed_precondition(too_old(level, in_force).message));
         }
+        let instead_of = namesake::found_gone(cluster, &request.name, &request.incarnation).await;
+        let instead_of = instead_of.map_err(|error| match error.code {
+            ErrorCode::Conflict => Status::already_exists(error.message),
+            _ => Status::unavailable(error.message),
+        })?;
         let deadline = Instant::now() + Duration::from_secs(10);
-        match cluster.control(admission(request, level, in_force), deadline).await {
+        match cluster.control(admission(request, level, in_force, instead_of), deadline).await {
             Ok(Response::NodeAdded(node)) => {
                 let state = cluster.state();
                 let (cluster_id, level) = (state.cluster_id.clone(), state.level.0);
@@ -206,12 +215,12 @@ impl Peer for PeerService {
 }
 
 /// The command that takes a node in, in a form that all members understand.
-fn admission(request: JoinRequest, level: Level, in_force: Level) -> Command {
+fn admission(request: JoinRequest, level: Level, in_force: Level, instead_of: Option<NodeId>) -> Command {
     let JoinRequest { name, incarnation, http_address, grpc_address, mesh_address, zone, .. } = request;
     let addresses = Addresses { http: http_address, grpc: grpc_address, mesh: mesh_address };
     match in_force < Level::JOINS_TELL_LEVELS {
         true => Command::AddNode { name, incarnation, addresses, zone },
-        false => Command::AdmitNode { name, incarnation, addresses, zone, level },
+        false => Command::AdmitNode { name, incarnation, addresses, zone, level, instead_of },
     }
 }
 

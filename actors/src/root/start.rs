@@ -110,11 +110,17 @@ impl Disk {
 /// When something on this node's disk or in its configuration is wrong, or its build does not know the
 /// level of the cluster.
 pub async fn start(config: NodeConfig, peers: Peers, service: PeerService) -> Result<Running, Error> {
+    // Others may ask at any time whether this is still the node that they know.
+    if let Ok(file) = NodeFile::open(&config.data) {
+        service.identity.write().incarnation = file.incarnation;
+    }
     let disk = match Disk::open(&config, true) {
         Err(error)
             if error.kind() == std::io::ErrorKind::InvalidData && !config.discovery.join.is_empty() =>
         {
-            bootstrap::rejoin(&peers, &config.discovery, &config.data, &error).await?;
+            let fresh = NodeFile::fresh();
+            service.identity.write().incarnation.clone_from(&fresh.incarnation);
+            bootstrap::rejoin(&peers, &config.discovery, &config.data, fresh, &error).await?;
             Disk::open(&config, false)
         }
         opened => opened,
@@ -149,8 +155,12 @@ pub async fn start(config: NodeConfig, peers: Peers, service: PeerService) -> Re
     let cluster = Cluster::new(groups.clone(), watch);
     cluster.set_promise(Arc::new(Promise::new(&config.data, file.clone())));
     let blobs = BlobStore::open(&config.data.join("blobs")).map_err(|error| on_disk(&config.data, &error))?;
-    *service.identity.write() =
-        Identity { name: config.discovery.name.clone(), node, cluster_id: file.cluster_id.clone() };
+    *service.identity.write() = Identity {
+        name: config.discovery.name.clone(),
+        node,
+        cluster_id: file.cluster_id.clone(),
+        incarnation: file.incarnation.clone(),
+    };
     // Peers are served before the control group opens: it may need them to get anywhere.
     let served = service.node.set((cluster.clone(), blobs.clone()));
     if served.is_err() {

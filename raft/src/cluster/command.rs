@@ -193,6 +193,9 @@ pub enum Command {
         zone: String,
         /// The highest level that its build knows.
         level: Level,
+        /// The member of that name that was found to be gone, whose place it takes: refused when another one
+        /// has the name by now.
+        instead_of: Option<NodeId>,
     },
     /// Brings a level into force.
     RaiseLevel {

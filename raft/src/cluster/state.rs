@@ -197,10 +197,11 @@ impl ClusterState {
             Command::CreateCluster { cluster_id } => self.create_cluster(cluster_id),
             Command::AddNode { name, incarnation, addresses, zone } => {
                 let node = Node { name, incarnation, addresses, zone, drain: Drain::No };
-                self.add_node(node, Level::FIRST)
+                self.add_node(node, Level::FIRST, |_| true)
             }
-            Command::AdmitNode { name, incarnation, addresses, zone, level } => {
-                self.add_node(Node { name, incarnation, addresses, zone, drain: Drain::No }, level)
+            Command::AdmitNode { name, incarnation, addresses, zone, level, instead_of } => {
+                let node = Node { name, incarnation, addresses, zone, drain: Drain::No };
+                self.add_node(node, level, |namesake| instead_of == Some(namesake))
             }
             Command::RaiseLevel { level, nodes } => self.raise_level(level, &nodes),
             Command::UpdateNode { node, addresses } => {
@@ -305,7 +306,13 @@ impl ClusterState {
         Ok(Response::Done)
     }
 
-    fn add_node(&mut self, node: Node, level: Level) -> Result<Response, Error> {
+    /// Adds a node, in the place of the one that has its name if that one may go.
+    fn add_node(
+        &mut self,
+        node: Node,
+        level: Level,
+        may_go: impl Fn(NodeId) -> bool,
+    ) -> Result<Response, Error> {
         if let Some(id) = self.gone.get(&node.incarnation) {
             return Err(conflict(format!(
                 "this data directory is that of node {id}, which was removed from the cluster: with an empty one it \
@@ -320,9 +327,15 @@ impl ClusterState {
         if level < self.level {
             return Err(too_old(level, self.level));
         }
+        let replaced = self.nodes.iter().find(|(_, known)| known.name == node.name).map(|(id, _)| *id);
+        if let Some(namesake) = replaced.filter(|namesake| !may_go(*namesake)) {
+            return Err(conflict(format!(
+                "node {namesake} is called `{}`, and nobody has found it gone",
+                node.name
+            )));
+        }
         self.last_node += 1;
         let id = NodeId(self.last_node);
-        let replaced = self.nodes.iter().find(|(_, known)| known.name == node.name).map(|(id, _)| *id);
         self.nodes.insert(id, node);
         if let Some(replaced) = replaced {
             // The old disk is gone: the new node takes its place in every replica set, and the

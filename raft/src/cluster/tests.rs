@@ -66,12 +66,13 @@ fn step(state: &mut ClusterState, words: &[&str]) -> String {
             addresses: Addresses { grpc: format!("{name}:6334"), ..Addresses::default() },
             zone: zone.first().copied().unwrap_or_default().to_owned(),
         },
-        ["admit-node", name, incarnation, level] => Command::AdmitNode {
+        ["admit-node", name, incarnation, level, instead_of @ ..] => Command::AdmitNode {
             name: (*name).to_owned(),
             incarnation: (*incarnation).to_owned(),
             addresses: Addresses::default(),
             zone: String::new(),
             level: Level(number(level) as u32),
+            instead_of: instead_of.first().map(|node| NodeId(number(node))),
         },
         ["raise-level", level, nodes] => {
             Command::RaiseLevel { level: Level(number(level) as u32), nodes: set(nodes) }
