@@ -218,6 +218,13 @@ pub enum Command {
         /// Whether it must be free.
         only_if_free: bool,
     },
+    /// Begins shards anew, empty, in the place of those whose data are lost.
+    AbandonShards {
+        /// Who was to hold each of them when it was found lost; another value means that this is out of date.
+        shards: BTreeMap<ShardId, BTreeSet<NodeId>>,
+        /// The nodes that may hold the new ones: those that live.
+        among: BTreeSet<NodeId>,
+    },
 }
 
 impl Command {
@@ -226,6 +233,7 @@ impl Command {
         match self {
             Command::AdmitNode { .. } => Level::JOINS_TELL_LEVELS,
             Command::EndRestoreAs { .. } => Level::RESTORES_REPLACE,
+            Command::AbandonShards { .. } => Level::SHARDS_BEGIN_ANEW,
             // Before it is in the log, all that will read it have promised that they can.
             Command::RaiseLevel { .. } => Level::FIRST,
             Command::CreateCluster { .. }

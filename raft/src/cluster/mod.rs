@@ -4,6 +4,7 @@
 //! randomness, no hash order. It holds no data-plane events and stays small. Every node keeps
 //! it in memory, as a voter or a learner of group 0, so routing never asks anybody.
 
+mod abandon;
 mod command;
 mod placement;
 mod reshard;

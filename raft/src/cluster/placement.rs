@@ -8,12 +8,14 @@ use shoal_proto::NodeId;
 use super::{ClusterState, Drain};
 
 /// Picks up to `count` nodes for a new shard: other zones first, then fewest replicas, then the lowest
-/// id. Never picks a node twice, and one that is drained only when there is no other at all.
-pub(super) fn pick(state: &ClusterState, count: usize) -> BTreeSet<NodeId> {
-    let used = state.nodes.iter().filter(|(_, node)| node.drain == Drain::No);
-    let mut load: BTreeMap<NodeId, usize> = used.map(|(&node, _)| (node, 0)).collect();
+/// id. Never picks a node twice or one that may not be picked, and one that is drained only when there is no
+/// other at all.
+pub(super) fn pick(state: &ClusterState, count: usize, may: impl Fn(NodeId) -> bool) -> BTreeSet<NodeId> {
+    let nodes: BTreeSet<NodeId> = state.nodes.keys().copied().filter(|node| may(*node)).collect();
+    let used = nodes.iter().filter(|node| state.nodes[node].drain == Drain::No);
+    let mut load: BTreeMap<NodeId, usize> = used.map(|node| (*node, 0)).collect();
     if load.is_empty() {
-        load = state.nodes.keys().map(|&node| (node, 0)).collect();
+        load = nodes.iter().map(|node| (*node, 0)).collect();
     }
     for shard in state.shards.values() {
         for node in &shard.replicas {

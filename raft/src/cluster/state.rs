@@ -276,6 +276,7 @@ impl ClusterState {
                 self.begin_reshard((reshard, instead_of), &name, parents, &firsts)
             }
             Command::EndReshard { reshard, begins } => self.end_reshard(reshard, &begins),
+            Command::AbandonShards { shards, among } => self.abandon_shards(&shards, &among),
             Command::AbortReshard { reshard } => {
                 let name = self.resharding.iter().find(|(_, known)| known.id == reshard);
                 let Some(name) = name.map(|(name, _)| name.clone()) else { return Ok(Response::Absent) };
@@ -391,10 +392,15 @@ impl ClusterState {
         if self.nodes.len() == 1 {
             return Err(conflict("the last node cannot be removed"));
         }
-        let sole =
-            self.shards.iter().find(|(_, shard)| shard.replicas.len() == 1 && shard.replicas.contains(&node));
-        if let Some((shard, _)) = sole {
-            return Err(conflict(format!("node {node} holds the only replica of shard {shard}")));
+        let sole = self
+            .shards
+            .iter()
+            .filter(|(_, shard)| shard.replicas.len() == 1 && shard.replicas.contains(&node));
+        let sole: Vec<String> =
+            sole.map(|(id, shard)| format!("shard {id} of `{}`", shard.collection)).collect();
+        if !sole.is_empty() {
+            let sole = sole.join(", ");
+            return Err(conflict(format!("node {node} holds the only replica of {sole}")));
         }
         self.bury(node);
         for shard in self.shards.values_mut() {
@@ -430,7 +436,7 @@ impl ClusterState {
         for index in 0..shard_count {
             self.last_shard += 1;
             let id = ShardId(self.last_shard);
-            let replicas = placement::pick(self, collection.replication_factor as usize);
+            let replicas = placement::pick(self, collection.replication_factor as usize, |_| true);
             let (first, last) = nth_range(index, shard_count);
             let shard = Shard {
                 collection: name.clone(),

@@ -1,7 +1,7 @@
 //! Golden scripts: each file of `testscripts/cluster` is a story of commands and what they
 //! answered. `UPDATE_SCRIPTS=1 cargo test` writes the answers anew, to be read in the diff.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::path::Path;
 
@@ -157,6 +157,10 @@ fn step(state: &mut ClusterState, words: &[&str]) -> String {
             let begins = begins.split(',').map(pair).collect();
             Command::EndReshard { reshard: RequestId([number(reshard) as u8; 16]), begins }
         }
+        ["abandon", shard, expected, among] => Command::AbandonShards {
+            shards: BTreeMap::from([(ShardId(number(shard)), set(expected))]),
+            among: set(among),
+        },
         ["abort-reshard", reshard] => {
             Command::AbortReshard { reshard: RequestId([number(reshard) as u8; 16]) }
         }
