@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use shoal_proto::{Error, ErrorCode, GroupId, NodeId, ShardId};
 use shoal_raft::cluster::{ClusterState, Command, Drain, Response};
 
-use super::plan::{Load, Plan, keeps_from_leaving, needs};
+use super::plan::{Load, Plan, is_member, is_out_of_reach, keeps_from_leaving, needs};
 use super::report::{self, NodeReport};
 use crate::call::{Call, Reply};
 use crate::cluster::Cluster;
@@ -18,6 +18,12 @@ use crate::cluster::Cluster;
 const ORDER_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often it is looked whether a node is drained.
 const DRAIN_TICK: Duration = Duration::from_millis(500);
+
+/// So many times the nodes are asked whether a shard is out of reach: one that is only slow answers in time
+/// once.
+const LOOKS: u32 = 3;
+/// The pause between two of them.
+const LOOK_PAUSE: Duration = Duration::from_millis(500);
 
 /// What a node that is drained still waits for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -98,8 +104,9 @@ impl Cluster {
         }
     }
 
-    /// Takes a node out of the cluster for good. Without `force` only one that nothing would be lost with:
-    /// it is drained, or it is gone and every shard has a leader without it.
+    /// Takes a node out of the cluster for good: one that is drained, or gone and every shard has a leader
+    /// without it. With `force` also one that lives, or that a shard waits for; never one that a shard would
+    /// be lost with.
     ///
     /// # Errors
     /// Not found; conflict, with what speaks against it.
@@ -109,16 +116,24 @@ impl Cluster {
         let Some(known) = state.nodes.get(&node) else {
             return Err(Error::not_found(format!("node {node} is not a member")));
         };
+        let reports = self.reports().await;
+        let load = now(&state, &reports);
+        let is_lost = |id: ShardId| {
+            is_member(&state, &load, id, node) && is_out_of_reach(&state, &load, id, Some(node))
+        };
+        let lost: Vec<ShardId> = state.shards.keys().copied().filter(|id| is_lost(*id)).collect();
+        if !lost.is_empty() {
+            let is_here = reports.contains_key(&node);
+            return conflict(would_lose(&state, node, is_here, &lost));
+        }
         if !force {
-            let reports = self.reports().await;
             let is_drained = || known.drain != Drain::No && leaving(&state, &reports, node).is_done();
             if reports.contains_key(&node) && !is_drained() {
                 return conflict(format!("node {node} lives and is not drained: drain it first"));
             }
-            let load = now(&state, &reports);
             if let Some(shard) = needs(&state, &load, node) {
                 return conflict(format!(
-                    "shard {shard} cannot do without node {node}: start it, or use force"
+                    "shard {shard} cannot do without node {node} now: wait, start it, or use force"
                 ));
             }
         }
@@ -126,6 +141,34 @@ impl Cluster {
             Response::Absent => Err(Error::not_found(format!("node {node} is not a member"))),
             _ => Ok(()),
         }
+    }
+
+    /// Begins a shard of a collection anew, empty, when so many of its disks are gone that nobody can bring
+    /// back what it held. What is left of it somewhere is thrown away.
+    ///
+    /// # Errors
+    /// Not found; conflict when it is another collection's, or not out of reach.
+    pub async fn abandon(&self, shard: ShardId, collection: &str, deadline: Instant) -> Result<(), Error> {
+        let conflict = |reason: String| Err(Error::new(ErrorCode::Conflict, reason));
+        let state = self.fresh_state(deadline).await?;
+        let known = state.shards.get(&shard).ok_or_else(|| no_shard(shard))?;
+        if known.collection != state.collection(collection)?.0 {
+            return conflict(format!("shard {shard} is one of `{}`", known.collection));
+        }
+        let mut among = BTreeSet::new();
+        for look in 0..LOOKS {
+            if look > 0 {
+                tokio::time::sleep(LOOK_PAUSE).await;
+            }
+            let reports = self.reports().await;
+            if !is_out_of_reach(&state, &now(&state, &reports), shard, None) {
+                return conflict(format!("shard {shard} is not lost: most of its replicas answer"));
+            }
+            among = reports.into_keys().collect();
+        }
+        tracing::warn!(shard = shard.0, collection, "a shard is out of reach and begins anew, as ordered");
+        let shards = BTreeMap::from([(shard, known.replicas.clone())]);
+        self.control(Command::AbandonShards { shards, among }, deadline).await.map(drop)
     }
 
     /// Keeps placement from moving anything by itself, or lets it go on.
@@ -213,6 +256,30 @@ impl Cluster {
 /// What the planner sees when nobody's silence is old.
 fn now(state: &ClusterState, reports: &BTreeMap<NodeId, NodeReport>) -> Load {
     report::load(state, reports, |_| Duration::ZERO)
+}
+
+/// The shards whose data are out of reach, by what was reported: of those who vote not even half answer.
+pub fn out_of_reach(state: &ClusterState, reports: &BTreeMap<NodeId, NodeReport>) -> BTreeSet<ShardId> {
+    let load = now(state, reports);
+    state.shards.keys().copied().filter(|id| is_out_of_reach(state, &load, *id, None)).collect()
+}
+
+/// Why a node is not removed that shards would be lost with, and what can be done.
+fn would_lose(state: &ClusterState, node: NodeId, is_here: bool, lost: &[ShardId]) -> String {
+    let name = |id: &ShardId| format!("shard {id} of `{}`", state.shards[id].collection);
+    let what = lost.iter().map(name).collect::<Vec<_>>().join(", ");
+    let way_out = match is_here {
+        true => "drain it first".to_owned(),
+        false => {
+            let collection = &state.shards[&lost[0]].collection;
+            format!(
+                "start it; when its disk is gone for good, delete the collection, or give up what it held \
+                 with `shoal cluster abandon {} --collection {collection}`, for each of them",
+                lost[0]
+            )
+        }
+    };
+    format!("with node {node} would be lost: {what}: {way_out}")
 }
 
 /// What a node still waits for, by what was reported.

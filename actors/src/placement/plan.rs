@@ -54,8 +54,27 @@ pub(crate) struct Load {
     pub(crate) silent: BTreeMap<NodeId, Duration>,
     /// The groups of the shards, each by the word of its leader.
     pub(crate) shards: BTreeMap<ShardId, Seen>,
+    /// The groups that nobody leads, by the words of those who have a replica.
+    pub(crate) unled: BTreeMap<ShardId, Unled>,
     /// For how long nothing has moved and nobody was silent.
     pub(crate) calm_for: Duration,
+}
+
+/// A shard's group without a leader, as its members that answer see it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Unled {
+    /// Who has a replica open.
+    pub(crate) holders: BTreeSet<NodeId>,
+    /// Who votes, by the word of any of them; nobody before the group has started.
+    pub(crate) voters: BTreeSet<NodeId>,
+    /// Who follows without a vote, by the word of any of them.
+    pub(crate) learners: BTreeSet<NodeId>,
+}
+
+impl Unled {
+    fn knows(&self, node: NodeId) -> bool {
+        [&self.holders, &self.voters, &self.learners].iter().any(|nodes| nodes.contains(&node))
+    }
 }
 
 /// A shard's group, as its leader sees it.
@@ -197,17 +216,55 @@ pub(crate) fn keeps_from_leaving(state: &ClusterState, load: &Load, node: NodeId
             reasons.push(format!("shard {id} is placed here"));
         } else if seen.is_some_and(|seen| seen.members().contains(&node)) {
             reasons.push(format!("shard {id} has not let it go yet"));
-        } else if seen.is_none() {
-            reasons.push(format!("nobody can say who holds shard {id}"));
+        } else if seen.is_none() && may_hold(load, *id, node) {
+            reasons.push(format!("shard {id} has no leader that could let it go"));
         }
     }
     reasons
 }
 
+/// Whether a node is to hold a shard, or does so still, by what is known.
+pub(crate) fn is_member(state: &ClusterState, load: &Load, id: ShardId, node: NodeId) -> bool {
+    state.shards.get(&id).is_some_and(|shard| shard.replicas.contains(&node))
+        || load.shards.get(&id).is_some_and(|seen| seen.members().contains(&node))
+        || load.unled.get(&id).is_some_and(|unled| unled.knows(node))
+}
+
+/// Whether a node may have to vote for a leader of a shard that has none: it has a replica, or another one
+/// knows it as a member. Of one that does not answer nobody knows.
+fn may_hold(load: &Load, id: ShardId, node: NodeId) -> bool {
+    load.silent.contains_key(&node) || load.unled.get(&id).is_some_and(|unled| unled.knows(node))
+}
+
+/// Whether the data of a shard are out of reach, and will be until somebody brings disks back: of those who
+/// vote not even half answer, but for `without`, if that node is to go.
+pub(crate) fn is_out_of_reach(
+    state: &ClusterState,
+    load: &Load,
+    id: ShardId,
+    without: Option<NodeId>,
+) -> bool {
+    let Some(shard) = state.shards.get(&id) else { return false };
+    let (seen, unled) = (load.shards.get(&id), load.unled.get(&id));
+    let voters = match (seen, unled) {
+        (Some(seen), _) => &seen.voters,
+        (None, Some(unled)) if !unled.voters.is_empty() => &unled.voters,
+        // Nobody who has it knows of a group, and only a founder may start one.
+        (None, Some(unled)) => return unled.holders.is_disjoint(&shard.founders),
+        (None, None) => &shard.replicas,
+    };
+    let answers = |node: &NodeId| {
+        Some(*node) != without && state.nodes.contains_key(node) && !load.silent.contains_key(node)
+    };
+    2 * voters.iter().filter(|node| answers(node)).count() <= voters.len()
+}
+
 /// A shard whose group could not go on without a node, or of which nobody knows.
 pub(crate) fn needs(state: &ClusterState, load: &Load, node: NodeId) -> Option<ShardId> {
     let can_do_without = |id: &ShardId, replicas: &BTreeSet<NodeId>| {
-        let Some(seen) = load.shards.get(id) else { return !replicas.contains(&node) };
+        let Some(seen) = load.shards.get(id) else {
+            return !replicas.contains(&node) && !load.unled.get(id).is_some_and(|unled| unled.knows(node));
+        };
         let answering = |nodes: &BTreeSet<NodeId>| {
             nodes.iter().filter(|other| **other != node && !load.silent.contains_key(other)).count()
         };

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use shoal_proto::{GroupId, NodeId, ShardId};
 use shoal_raft::cluster::ClusterState;
 
-use super::plan::{Load, Seen};
+use super::plan::{Load, Seen, Unled};
 use crate::backup::Job;
 use crate::call::{Call, Reply};
 use crate::cluster::Cluster;
@@ -126,9 +126,20 @@ pub(crate) fn load(
         let (voters, learners) = (group.voters.clone(), group.learners.clone());
         (ShardId(id.0), Seen { leader, voters, learners, is_joint: group.is_joint })
     };
+    let led = led(reports);
+    let mut unled: BTreeMap<ShardId, Unled> = BTreeMap::new();
+    for report in reports.values() {
+        for group in report.groups.iter().filter(|group| !led.contains_key(&group.group)) {
+            let unled = unled.entry(ShardId(group.group.0)).or_default();
+            unled.holders.insert(report.node);
+            unled.voters.extend(&group.voters);
+            unled.learners.extend(&group.learners);
+        }
+    }
     Load {
         silent: silent.map(|node| (*node, silent_for(*node))).collect(),
-        shards: led(reports).into_iter().filter(|(id, _)| *id != GroupId::CONTROL).map(seen).collect(),
+        unled,
+        shards: led.into_iter().filter(|(id, _)| *id != GroupId::CONTROL).map(seen).collect(),
         calm_for: Duration::ZERO,
     }
 }

@@ -12,7 +12,9 @@ use shoal_proto::{CollectionConfig, Distance, NodeId, RequestId, ShardId, Vector
 use shoal_raft::cluster::{Addresses, ClusterState, Command, Drain, Response};
 
 use super::control_voters;
-use super::plan::{Load, PlacementLimits, Seen, Step, keeps_from_leaving, needs, plan};
+use super::plan::{
+    Load, PlacementLimits, Seen, Step, Unled, is_out_of_reach, keeps_from_leaving, needs, plan,
+};
 
 #[test]
 fn scripts() {
@@ -111,6 +113,15 @@ impl Story {
                 let shard = needs(&self.state, &self.load(), NodeId(number(node)));
                 return shard.map_or("nothing\n".to_owned(), |shard| format!("shard {shard}\n"));
             }
+            ["out-of-reach", without @ ..] => {
+                let (load, without) = (self.load(), without.first().map(|node| NodeId(number(node))));
+                let shards = self.state.shards.keys();
+                let lost: Vec<String> = shards
+                    .filter(|id| is_out_of_reach(&self.state, &load, **id, without))
+                    .map(|id| format!("shard {id}\n"))
+                    .collect();
+                return if lost.is_empty() { "nothing\n".to_owned() } else { lost.concat() };
+            }
             ["leaving", node] => {
                 let reasons = keeps_from_leaving(&self.state, &self.load(), NodeId(number(node)));
                 return if reasons.is_empty() { "can go\n".to_owned() } else { reasons.join("\n") + "\n" };
@@ -139,12 +150,16 @@ impl Story {
     }
 
     fn load(&self) -> Load {
-        let mut shards = BTreeMap::new();
+        let (mut shards, mut unled) = (BTreeMap::new(), BTreeMap::new());
         for (id, shard) in &self.state.shards {
             let wanted = self.stuck.get(id).unwrap_or(&shard.replicas);
             let answering: Vec<NodeId> =
                 wanted.iter().copied().filter(|node| !self.silent.contains_key(node)).collect();
             if 2 * answering.len() <= wanted.len() {
+                if !answering.is_empty() {
+                    let (holders, voters) = (answering.into_iter().collect(), wanted.clone());
+                    unled.insert(*id, Unled { holders, voters, learners: BTreeSet::new() });
+                }
                 continue;
             }
             let known = self.leaders.get(id).copied().filter(|leader| answering.contains(leader));
@@ -152,7 +167,7 @@ impl Story {
             let seen = Seen { leader, voters: wanted.clone(), learners: BTreeSet::new(), is_joint: false };
             shards.insert(*id, seen);
         }
-        Load { silent: self.silent.clone(), shards, calm_for: self.calm }
+        Load { silent: self.silent.clone(), shards, unled, calm_for: self.calm }
     }
 
     fn plan(&self) -> String {

@@ -53,9 +53,20 @@ pub enum ClusterCommand {
         node: String,
         #[command(flatten)]
         client: ClientArgs,
-        /// Remove it although something may be lost with it.
+        /// Remove it although it lives and is not drained, or a shard waits for it; never what would be lost
+        /// with it.
         #[arg(long)]
         force: bool,
+    },
+    /// Begin a shard anew, empty, whose data are out of reach for good; `status` names those that are.
+    Abandon {
+        /// The shard's id.
+        shard: u64,
+        /// Its collection.
+        #[arg(long)]
+        collection: String,
+        #[command(flatten)]
+        client: ClientArgs,
     },
     /// Move a replica. Placement may move it back, unless it is paused.
     Move {
@@ -142,6 +153,12 @@ pub async fn run(command: ClusterCommand) -> Result<()> {
         ClusterCommand::Remove { node, client, force } => {
             order(client, Method::DELETE, &format!("/admin/nodes/{node}?force={force}"), None).await?;
             println!("node {node} is removed; its id is never used again");
+            Ok(())
+        }
+        ClusterCommand::Abandon { shard, collection, client } => {
+            let body = json!({"collection": collection});
+            order(client, Method::POST, &format!("/admin/shards/{shard}/abandon"), Some(body)).await?;
+            println!("shard {shard} of {collection} is given up; an empty one takes its place");
             Ok(())
         }
         ClusterCommand::Move { shard, from, to, client } => {
@@ -298,11 +315,31 @@ fn print_report(report: &Value) {
     }
     shards.print();
     println!();
+    out_of_reach(report).iter().for_each(|line| println!("{line}"));
     print_plan(&report["placement"]);
     for change in list(&report["resharding"]) {
         let (from, into) = (ids(&change["shards"]), ids(&change["into"]));
         println!("shards of {}: {from} become {into}", text(&change["collection"]));
     }
+}
+
+/// What is to be said of the shards whose data are out of reach.
+fn out_of_reach(report: &Value) -> Vec<String> {
+    let silent = |id: &Value| {
+        let node = list(&report["nodes"]).iter().find(|node| node["id"] == *id)?;
+        (node["answers"] == json!(false)).then(|| text(&node["name"]).to_owned())
+    };
+    let lost = list(&report["shards"]).iter().filter(|shard| shard["is_out_of_reach"] == json!(true));
+    let say = |shard: &Value| {
+        let missed: Vec<String> = list(&shard["replicas"]).iter().filter_map(silent).collect();
+        let missed = if missed.is_empty() { "what held it".to_owned() } else { missed.join(", ") };
+        let (id, collection) = (&shard["id"], text(&shard["collection"]));
+        format!(
+            "shard {id} of {collection} is out of reach: start {missed}, or, when the disks are gone for \
+             good, `shoal cluster abandon {id} --collection {collection}`"
+        )
+    };
+    lost.map(say).collect()
 }
 
 const GIB: f64 = (1u64 << 30) as f64;
@@ -371,5 +408,26 @@ async fn drain(client: &Client, node: &str, patience: Duration) -> Result<()> {
             // An election, perhaps: the drain goes on by itself.
             Err(error) => println!("{error:#}; asking again"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_out_of_reach_is_named_with_the_way_out() {
+        let report = json!({
+            "nodes": [{"id": 1, "name": "n1", "answers": true}, {"id": 3, "name": "n3", "answers": false}],
+            "shards": [
+                {"id": 6, "collection": "docs", "replicas": [1], "is_out_of_reach": false},
+                {"id": 7, "collection": "docs", "replicas": [3], "is_out_of_reach": true},
+            ],
+        });
+        assert_eq!(
+            out_of_reach(&report),
+            ["shard 7 of docs is out of reach: start n3, or, when the disks are gone for good, \
+                 `shoal cluster abandon 7 --collection docs`"]
+        );
     }
 }

@@ -11,7 +11,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use shoal_actors::Cluster;
 use shoal_actors::levels::Build;
-use shoal_actors::placement::{GroupReport, NodeReport, Plan, find_node, led};
+use shoal_actors::placement::{GroupReport, NodeReport, Plan, find_node, led, out_of_reach};
 use shoal_proto::{GroupId, NodeId, ShardId};
 use shoal_raft::cluster::{ClusterState, Drain, Reshard};
 use utoipa::{IntoParams, ToSchema};
@@ -32,6 +32,7 @@ pub(super) fn routes() -> OpenApiRouter<App> {
         .routes(described!(remove))
         .routes(described!(move_replica))
         .routes(described!(move_leader))
+        .routes(described!(abandon))
         .routes(described!(set_replication))
         .routes(described!(split))
         .routes(described!(merge))
@@ -54,8 +55,10 @@ async fn report(State(app): State<App>, context: Context) -> Result<Json<Value>,
     let led = led(&reports);
     let plan = cluster.plan().await.ok();
     let nodes: Vec<Value> =
-        state.nodes.keys().map(|id| node_shape(&state, reports.get(id), builds.get(id), *id)).collect();
-    let shards: Vec<Value> = state.shards.keys().map(|id| shard_shape(&state, &led, *id)).collect();
+        state.nodes.keys().map(|id| node_shape(&state, &reports, builds.get(id), *id)).collect();
+    let out_of_reach = out_of_reach(&state, &reports);
+    let shards = state.shards.keys().map(|id| shard_shape(&state, &led, *id, out_of_reach.contains(id)));
+    let shards: Vec<Value> = shards.collect();
     Ok(Json(json!({
         "cluster_id": state.cluster_id, "version": state.version, "level": state.level, "nodes": nodes,
         "control": group_shape(&led, GroupId::CONTROL), "shards": shards,
@@ -67,8 +70,13 @@ async fn report(State(app): State<App>, context: Context) -> Result<Json<Value>,
 /// Groups by the words of their leaders.
 type Led<'a> = BTreeMap<GroupId, (NodeId, &'a GroupReport)>;
 
-fn node_shape(state: &ClusterState, report: Option<&NodeReport>, build: Option<&Build>, id: NodeId) -> Value {
-    let node = &state.nodes[&id];
+fn node_shape(
+    state: &ClusterState,
+    reports: &BTreeMap<NodeId, NodeReport>,
+    build: Option<&Build>,
+    id: NodeId,
+) -> Value {
+    let (node, report) = (&state.nodes[&id], reports.get(&id));
     let leads = report.map(|report| report.groups.iter().filter(|group| group.is_leader).count());
     json!({
         "id": id, "name": node.name, "zone": node.zone, "http": node.addresses.http, "grpc": node.addresses.grpc,
@@ -88,11 +96,12 @@ pub(super) fn drain_name(drain: Drain) -> &'static str {
     }
 }
 
-fn shard_shape(state: &ClusterState, led: &Led, id: ShardId) -> Value {
+fn shard_shape(state: &ClusterState, led: &Led, id: ShardId, is_out_of_reach: bool) -> Value {
     let shard = &state.shards[&id];
     json!({
         "id": id, "collection": shard.collection, "first": shard.first, "last": shard.last,
         "is_in_use": state.is_in_use(id), "replicas": shard.replicas, "group": group_shape(led, id.into()),
+        "is_out_of_reach": is_out_of_reach,
     })
 }
 
@@ -244,7 +253,8 @@ async fn undrain(
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 struct Removal {
-    /// Remove it although something may be lost with it.
+    /// Remove it although it lives and is not drained, or a shard waits for it. What would be lost with it is
+    /// not removed in any case.
     #[serde(default)]
     force: bool,
     /// Seconds after which the client gives up; read by everybody.
@@ -325,6 +335,32 @@ async fn move_leader(
     let to = member(cluster, &request.to, &context).await?;
     cluster.move_leader(ShardId(shard), to).await?;
     Ok(Json(json!({"shard": shard, "leader": to})))
+}
+
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct Abandon {
+    /// The collection of the shard: name or alias. Asked for, because an id is mistyped easily.
+    collection: String,
+}
+
+/// Begins a shard anew, empty, whose data are out of reach for good: `is_out_of_reach` of the report. What is
+/// left of it on some disk is thrown away.
+#[utoipa::path(
+    post, path = "/admin/shards/{shard}/abandon", operation_id = "abandon_shard", tag = "operators",
+    params(("shard" = u64, Path, description = "Id"), Context),
+    request_body = Abandon,
+    responses(OperatorAnswers),
+)]
+async fn abandon(
+    State(app): State<App>,
+    Path(shard): Path<u64>,
+    context: Context,
+    body: Bytes,
+) -> Result<Json<Value>, Problem> {
+    let collection = read_json::<Abandon>(&body)?.collection;
+    app.running()?.cluster.abandon(ShardId(shard), &collection, context.deadline).await?;
+    Ok(Json(json!({"abandoned": shard, "collection": collection})))
 }
 
 #[derive(Deserialize, ToSchema)]

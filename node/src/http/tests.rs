@@ -51,6 +51,7 @@ const ROUTES: [(&str, &str, &str, &str); 31] = [
         "replication_factor",
     ),
     ("POST", "/admin/log-level", r#"{"level":1}"#, "level"),
+    ("POST", "/admin/shards/{shard}/abandon", r#"{"collection":1}"#, "collection"),
     ("POST", "/admin/shards/{shard}/leader", r#"{"to":1}"#, "to"),
     ("POST", "/admin/shards/{shard}/merge", r#"{"with":"other"}"#, "with"),
     ("POST", "/admin/shards/{shard}/move", r#"{"from":1}"#, "from"),
