@@ -150,6 +150,10 @@ async fn operators_drain_move_repair_and_remove() -> Result<()> {
     .await?;
     let view = cluster.node(1).view().await?;
     ensure!(replicas_of(&view, view.node.id) == 0, "a drained node is to hold replicas");
+    let report = order(Request::get("/admin/cluster/report")).await?;
+    for node in report["nodes"].as_array().context("no nodes")? {
+        ensure!(node["is_drained"] == json!(node["name"] == json!("n2")), "n2 alone is drained: {node}");
+    }
     wait_until(REST_DEADLINE, "n2 to throw away what it held", || async {
         let view = cluster.node(1).view().await?;
         ensure!(view.groups.iter().all(|group| group.group == 0), "n2 has replicas open");

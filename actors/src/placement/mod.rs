@@ -26,7 +26,7 @@ use shoal_proto::{GroupId, NodeId};
 use shoal_raft::cluster::{ClusterState, Command, Drain};
 
 use crate::cluster::Cluster;
-pub use operate::{Leaving, find_node, out_of_reach};
+pub use operate::{Leaving, find_node, leaving, out_of_reach};
 use plan::Load;
 pub use plan::{Moving, PlacementLimits, Plan, Planned, Step};
 pub use report::{GroupReport, NodeReport, led};

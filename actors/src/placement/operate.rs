@@ -283,7 +283,7 @@ fn would_lose(state: &ClusterState, node: NodeId, is_here: bool, lost: &[ShardId
 }
 
 /// What a node still waits for, by what was reported.
-fn leaving(state: &ClusterState, reports: &BTreeMap<NodeId, NodeReport>, node: NodeId) -> Leaving {
+pub fn leaving(state: &ClusterState, reports: &BTreeMap<NodeId, NodeReport>, node: NodeId) -> Leaving {
     let mut reasons = keeps_from_leaving(state, &now(state, reports), node);
     if state.is_placement_paused && !reasons.is_empty() {
         reasons.push("placement is paused".to_owned());

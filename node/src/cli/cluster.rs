@@ -270,19 +270,13 @@ fn print_report(report: &Value) {
         "HTTP",
     ]);
     for node in list(&report["nodes"]) {
-        let state = match (node["answers"].as_bool(), text(&node["drain"]), node["disk_writable"].as_bool()) {
-            (Some(false), ..) => "silent",
-            (_, "yes" | "until_restart", _) => "drained",
-            (.., Some(false)) => "disk full",
-            _ => "up",
-        };
         let free =
             node["disk_free_bytes"].as_f64().map_or("-".to_owned(), |free| format!("{:.1} GiB", free / GIB));
         nodes.row([
             node["id"].to_string(),
             text(&node["name"]).to_owned(),
             text(&node["zone"]).to_owned(),
-            state.to_owned(),
+            node_state(node),
             text(&node["version"]).to_owned(),
             number(&node["level"]),
             node["replicas"].to_string(),
@@ -321,6 +315,23 @@ fn print_report(report: &Value) {
         let (from, into) = (ids(&change["shards"]), ids(&change["into"]));
         println!("shards of {}: {from} become {into}", text(&change["collection"]));
     }
+}
+
+/// How a node is: all that is out of the ordinary.
+fn node_state(node: &Value) -> String {
+    let mut words = Vec::new();
+    if node["answers"] == json!(false) {
+        words.push("silent");
+    }
+    match (text(&node["drain"]), &node["is_drained"]) {
+        ("yes" | "until_restart", Value::Bool(true)) => words.push("drained"),
+        ("yes" | "until_restart", _) => words.push("draining"),
+        _ => {}
+    }
+    if node["disk_writable"] == json!(false) {
+        words.push("disk full");
+    }
+    if words.is_empty() { "up".to_owned() } else { words.join(", ") }
 }
 
 /// What is to be said of the shards whose data are out of reach.
@@ -414,6 +425,24 @@ async fn drain(client: &Client, node: &str, patience: Duration) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_node_is_drained_only_when_nothing_is_left_on_it() {
+        let state = |answers: bool, drain: &str, is_drained: bool, disk_writable: Value| {
+            node_state(&json!({
+                "answers": answers, "drain": drain, "is_drained": is_drained, "disk_writable": disk_writable,
+            }))
+        };
+        assert_eq!(state(true, "no", false, json!(true)), "up");
+        assert_eq!(state(true, "yes", false, json!(true)), "draining");
+        assert_eq!(state(true, "yes", true, json!(true)), "drained");
+        assert_eq!(state(true, "until_restart", false, json!(false)), "draining, disk full");
+        assert_eq!(state(false, "until_restart", true, Value::Null), "silent, drained");
+        assert_eq!(state(false, "yes", false, Value::Null), "silent, draining");
+        assert_eq!(state(false, "no", false, Value::Null), "silent");
+        // A node of an earlier build does not say whether it is done.
+        assert_eq!(node_state(&json!({"answers": true, "drain": "yes"})), "draining");
+    }
 
     #[test]
     fn what_is_out_of_reach_is_named_with_the_way_out() {

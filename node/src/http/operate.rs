@@ -11,7 +11,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use shoal_actors::Cluster;
 use shoal_actors::levels::Build;
-use shoal_actors::placement::{GroupReport, NodeReport, Plan, find_node, led, out_of_reach};
+use shoal_actors::placement::{GroupReport, NodeReport, Plan, find_node, leaving, led, out_of_reach};
 use shoal_proto::{GroupId, NodeId, ShardId};
 use shoal_raft::cluster::{ClusterState, Drain, Reshard};
 use utoipa::{IntoParams, ToSchema};
@@ -77,10 +77,11 @@ fn node_shape(
     id: NodeId,
 ) -> Value {
     let (node, report) = (&state.nodes[&id], reports.get(&id));
+    let is_drained = node.drain != Drain::No && leaving(state, reports, id).is_done();
     let leads = report.map(|report| report.groups.iter().filter(|group| group.is_leader).count());
     json!({
         "id": id, "name": node.name, "zone": node.zone, "http": node.addresses.http, "grpc": node.addresses.grpc,
-        "answers": report.is_some(), "drain": drain_name(node.drain),
+        "answers": report.is_some(), "drain": drain_name(node.drain), "is_drained": is_drained,
         "version": build.map(|build| build.version.as_str()), "level": build.map(|build| build.level),
         "disk_free_bytes": report.map(|report| report.disk_free_bytes),
         "disk_writable": report.map(|report| report.is_writable),
