@@ -12,7 +12,8 @@
 //! * Level 2: nodes join with their level; the control group's state carries one (its format 5); answers to
 //!   requests that were done in a part of a shard go along when it is split or merged; frozen shards refuse what
 //!   is proposed to them; a restored collection can take the place of another one; snapshots are offered before
-//!   they are sent; documents say why they take long; shards whose data are lost begin anew.
+//!   they are sent; documents say why they take long; shards whose data are lost begin anew; nodes
+//!   come back in another zone.
 //!
 //! What is written to a log, to a snapshot or to a disk, or is sent to a node, in a form that builds of the level
 //! before cannot read, belongs to a new level: give it a line here and a name in [`Level`], raise
@@ -47,6 +48,8 @@ impl Level {
     pub const TROUBLE_IS_TOLD: Level = Level(2);
     /// From here on shards whose data are lost can begin anew.
     pub const SHARDS_BEGIN_ANEW: Level = Level(2);
+    /// From here on a node can come back in another zone.
+    pub const ZONES_CHANGE: Level = Level(2);
     /// The highest that this build knows.
     pub const LATEST: Level = Level(2);
 

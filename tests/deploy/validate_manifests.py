@@ -36,6 +36,9 @@ PROBE_PATHS = {"/health/live", "/health/ready"}
 SERVED_PATHS = PROBE_PATHS | {"/metrics"}
 # What the node reads from its environment, taken from the source. A misspelt name would be ignored without a word.
 SETTINGS = set(re.findall(r'env = "(SHOAL_\w+)"', (ROOT / "node/src/config.rs").read_text()))
+# What the downward API has of a pod for its environment.
+POD_FIELD = re.compile(r"metadata\.(name|namespace|uid|(labels|annotations)\['[^']+'\])|spec\.(nodeName|serviceAccountName)|"
+                       r"status\.(hostIPs?|podIPs?)")
 # What the commands read, beside the node's settings.
 CLIENT_SETTINGS = set(re.findall(r'env = "(SHOAL_\w+)"', (ROOT / "node/src/cli/client.rs").read_text()))
 # The oldest Kubernetes that the manifests are for, and what of it has no schema here: the Prometheus Operator's own kinds.
@@ -469,17 +472,23 @@ def check_settings(by_kind, spec, container, secret_keys, where, report):
         name = source["configMapRef"]["name"]
         if report.expect(name in by_kind.get("ConfigMap", {}), f"{where}: no ConfigMap {name}"):
             settings.update(by_kind["ConfigMap"][name]["data"])
-    defined = set()
+    defined, fields = set(), {}
     for variable in container["env"]:
         settings[variable["name"]] = variable.get("value")
         for used in re.findall(r"\$\((\w+)\)", variable.get("value") or ""):
             report.expect(used in defined, f"{where}: {variable['name']} uses {used} before it is defined")
         defined.add(variable["name"])
+        if field := variable.get("valueFrom", {}).get("fieldRef"):
+            fields[variable["name"]] = field["fieldPath"]
+            report.expect(POD_FIELD.fullmatch(field["fieldPath"]),
+                          f"{where}: {variable['name']} wants {field['fieldPath']}, which a pod does not tell")
         if reference := variable.get("valueFrom", {}).get("secretKeyRef"):
             known = secret_keys.get(reference["name"], ())
             report.expect(reference["key"] in known, f"{where}: {variable['name']} wants {reference}, not in the example")
     for name in settings:
         report.expect(name in SETTINGS or not name.startswith("SHOAL_"), f"{where}: {name} is no setting of the node")
+    report.expect(fields.get("SHOAL_ZONE") == "metadata.labels['topology.kubernetes.io/zone']",
+                  f"{where}: pods do not learn which zone they are in")
     expected = int(settings["SHOAL_EXPECT"])
     pods = [f"shoal-{index}.{spec['serviceName']}:{PORTS['grpc']}" for index in range(expected)]
     report.expect(settings["SHOAL_JOIN"].split(",") == pods, f"{where}: SHOAL_JOIN is not {pods}")
@@ -617,6 +626,9 @@ YAML_MISTAKES = [
     ("k8s/base/services.yaml", "  selector:\n    app.kubernetes.io/name: shoal", "  selector:\n    app: shoal", "no pod has that"),
     ("k8s/base/statefulset.yaml", "path: /health/ready", "path: /ready", "which is not served"),
     ("k8s/base/statefulset.yaml", "serviceName: shoal-peers", "serviceName: shoal-headless", "no Service shoal-headless"),
+    ("k8s/base/statefulset.yaml", "metadata.labels['topology.kubernetes.io/zone']",
+     "metadata.labels['topology.kubernetes.io/region']", "which zone"),
+    ("k8s/base/statefulset.yaml", "fieldPath: metadata.namespace", "fieldPath: spec.schedulerName", "does not tell"),
     ("k8s/base/statefulset.yaml", "key: api-key", "key: apikey", "not in the example"),
     ("k8s/base/statefulset.yaml", "readOnlyRootFilesystem: true", "readOnlyRootFilesystem: false", "keeps privileges"),
     ("k8s/base/configmap.yaml", "SHOAL_EXPECT: \"3\"", "SHOAL_EXPECT: \"5\"", "SHOAL_JOIN is not"),

@@ -52,6 +52,8 @@ pub struct Manifest {
     pub join: Vec<usize>,
     /// `SHOAL_EXPECT`: how many nodes create the cluster together.
     pub expect: usize,
+    /// The settings that a pod takes from the zone of its machine.
+    pub zone_settings: Vec<String>,
 }
 
 /// The order in which pods are started, and stopped when the set shrinks.
@@ -97,6 +99,8 @@ impl Manifest {
         ensure!(strategy == "RollingUpdate", "the update strategy {strategy} is not simulated");
         let pod = spec.template.spec;
         let container = pod.containers.into_iter().next().context("the pod has no container")?;
+        let of_zone = container.env.iter().filter(|variable| variable.is_zone());
+        let zone_settings = of_zone.map(|variable| variable.name.clone()).collect();
         let join = settings.data.join.split(',').map(|target| ordinal(target, &metadata.name));
         Ok(Manifest {
             replicas: spec.replicas,
@@ -111,6 +115,7 @@ impl Manifest {
             when_scaled: spec.persistent_volume_claim_retention_policy.when_scaled,
             join: join.collect::<Result<_>>()?,
             expect: settings.data.expect.parse().context("SHOAL_EXPECT")?,
+            zone_settings,
             name: metadata.name,
         })
     }
@@ -187,10 +192,37 @@ struct PodSpec {
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Container {
+    env: Vec<Variable>,
     startup_probe: ProbeSpec,
     liveness_probe: ProbeSpec,
     readiness_probe: ProbeSpec,
     lifecycle: Lifecycle,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Variable {
+    name: String,
+    value_from: Option<ValueFrom>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct ValueFrom {
+    field_ref: Option<FieldRef>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct FieldRef {
+    field_path: String,
+}
+
+impl Variable {
+    fn is_zone(&self) -> bool {
+        let field = self.value_from.as_ref().and_then(|from| from.field_ref.as_ref());
+        field.is_some_and(|field| field.field_path == "metadata.labels['topology.kubernetes.io/zone']")
+    }
 }
 
 #[derive(Deserialize)]
@@ -261,6 +293,7 @@ mod tests {
         assert_eq!(manifest.join, creators, "those who create the cluster are those who are looked for");
         assert!(manifest.expect <= manifest.replicas, "fewer pods than it takes to create the cluster");
         assert!(manifest.pre_stop < manifest.grace, "SIGKILL would come before SIGTERM");
+        assert_eq!(manifest.zone_settings, ["SHOAL_ZONE"], "replicas would not spread over zones");
         for probe in [&manifest.startup, &manifest.liveness, &manifest.readiness] {
             assert!(probe.timeout <= probe.period, "{probe:?} asks again before it has its answer");
         }

@@ -126,7 +126,10 @@ impl StatefulSet {
         let stopped = self.stop_from(replicas, self.manifest.when_scaled).await?;
         while self.pods.len() < replicas {
             let name = format!("{}-{}", self.manifest.name, self.pods.len());
-            let node = Node::new(&name, &self.dir.path().join(&name), &self.models, &[])?;
+            // The simulated machines have no zone, of which Kubernetes makes an empty value.
+            let zone = self.manifest.zone_settings.iter().map(|setting| (setting.clone(), String::new()));
+            let zone: Vec<(String, String)> = zone.collect();
+            let node = Node::new(&name, &self.dir.path().join(&name), &self.models, &zone)?;
             self.pods.push(Pod::new(node, self.manifest.clone(), self.service.clone()));
         }
         for ordinal in 0..replicas {

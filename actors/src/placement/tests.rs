@@ -8,7 +8,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use proptest::prelude::*;
-use shoal_proto::{CollectionConfig, Distance, NodeId, RequestId, ShardId, VectorParams};
+use shoal_proto::{CollectionConfig, Distance, Level, NodeId, RequestId, ShardId, VectorParams};
 use shoal_raft::cluster::{Addresses, ClusterState, Command, Drain, Response};
 
 use super::control_voters;
@@ -68,6 +68,12 @@ impl Story {
                 zone: zone.first().copied().unwrap_or_default().to_owned(),
             },
             ["collection", name, shards, replicas] => self.collection(name, number(shards), number(replicas)),
+            // As all nodes know of it by then.
+            ["zone", node, zone] => {
+                let nodes = self.state.nodes.keys().copied().collect();
+                self.state.apply(Command::RaiseLevel { level: Level::LATEST, nodes });
+                Command::SetZone { node: NodeId(number(node)), zone: (*zone).to_owned() }
+            }
             ["drain", node] => Command::SetDrain { node: NodeId(number(node)), drain: Drain::Yes },
             ["undrain", node] => Command::SetDrain { node: NodeId(number(node)), drain: Drain::No },
             ["remove", node] => Command::RemoveNode { node: NodeId(number(node)) },

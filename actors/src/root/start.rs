@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use ractor::{Actor, ActorRef};
 use shoal_proto::{Error, ErrorCode, GroupId, Level, NodeId};
-use shoal_raft::cluster::{Command, Drain, Response, too_old};
+use shoal_raft::cluster::{Addresses, Command, Drain, Node, Response, too_old};
 use shoal_raft::{Groups, LogConfig, LogStore, Peers, RaftConfig};
 
 use super::actor::{Root, RootArguments, RootMessage};
@@ -295,12 +295,12 @@ fn exit_removed(node: NodeId) -> ! {
 }
 
 /// Follows the cluster's state for as long as the node runs: addresses of peers, this node's
-/// own address after a restart, and word that this node was removed.
+/// own address and zone after a restart, and word that this node was removed.
 fn follow_state(cluster: &Cluster, peers: &Peers, config: &NodeConfig, mut noted: BTreeMap<NodeId, String>) {
     let node = cluster.node();
     let mut watch = cluster.watch();
     let (cluster, peers) = (cluster.clone(), peers.clone());
-    let own = config.discovery.addresses.clone();
+    let (own, zone) = (config.discovery.addresses.clone(), config.discovery.zone.clone());
     tokio::spawn(async move {
         loop {
             let state = watch.borrow_and_update().clone();
@@ -308,13 +308,13 @@ fn follow_state(cluster: &Cluster, peers: &Peers, config: &NodeConfig, mut noted
             if state.removed.contains(&node) {
                 exit_removed(node);
             }
-            let known = state.nodes.get(&node);
-            if known.is_some_and(|known| known.addresses != own) {
-                let command = Command::UpdateNode { node, addresses: own.clone() };
+            let news =
+                state.nodes.get(&node).and_then(|known| news_of(node, known, &own, &zone, state.level));
+            if let Some(command) = news {
                 match cluster.control(command, Instant::now() + Duration::from_secs(10)).await {
-                    Ok(_) => tracing::info!("this node's addresses were updated"),
+                    Ok(_) => tracing::info!(zone, "this node has told the others where it is now"),
                     Err(error) => {
-                        tracing::warn!(%error, "this node's addresses could not be updated yet");
+                        tracing::warn!(%error, "the others could not be told yet where this node is now");
                         tokio::time::sleep(Duration::from_secs(1)).await;
                         continue;
                     }
@@ -325,6 +325,16 @@ fn follow_state(cluster: &Cluster, peers: &Peers, config: &NodeConfig, mut noted
             }
         }
     });
+}
+
+/// What the others do not know yet of where a node is; of its zone nothing before all of them would
+/// understand it.
+fn news_of(node: NodeId, known: &Node, own: &Addresses, zone: &str, level: Level) -> Option<Command> {
+    if known.addresses != *own {
+        return Some(Command::UpdateNode { node, addresses: own.clone() });
+    }
+    let is_elsewhere = level >= Level::ZONES_CHANGE && known.zone != zone;
+    is_elsewhere.then(|| Command::SetZone { node, zone: zone.to_owned() })
 }
 
 /// Takes over addresses that have changed in the state. What was learned from greetings stays
@@ -454,5 +464,30 @@ async fn hand_over(cluster: &Cluster) {
         || cluster.groups().all().iter().any(|group| group.is_leader() && group.status().voters.len() > 1);
     while leads() && Instant::now() < deadline {
         tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn where_a_node_is_now_is_told_in_words_that_all_understand() {
+        let here = Addresses { grpc: "here:6334".to_owned(), ..Addresses::default() };
+        let known = Node {
+            name: "a".to_owned(),
+            incarnation: "inc-a".to_owned(),
+            addresses: here.clone(),
+            zone: "east".to_owned(),
+            drain: Drain::No,
+        };
+        let news = |own: &Addresses, zone: &str, level: Level| news_of(NodeId(1), &known, own, zone, level);
+        assert_eq!(news(&here, "east", Level::LATEST), None);
+        assert_eq!(news(&here, "west", Level::FIRST), None);
+        let moved = Command::SetZone { node: NodeId(1), zone: "west".to_owned() };
+        assert_eq!(news(&here, "west", Level::ZONES_CHANGE), Some(moved));
+        let elsewhere = Addresses { grpc: "there:6334".to_owned(), ..Addresses::default() };
+        let update = Command::UpdateNode { node: NodeId(1), addresses: elsewhere.clone() };
+        assert_eq!(news(&elsewhere, "west", Level::LATEST), Some(update), "first of all it must be found");
     }
 }

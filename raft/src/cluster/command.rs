@@ -225,6 +225,13 @@ pub enum Command {
         /// The nodes that may hold the new ones: those that live.
         among: BTreeSet<NodeId>,
     },
+    /// A node came back in another failure domain.
+    SetZone {
+        /// The node.
+        node: NodeId,
+        /// Where it is now; empty when unknown.
+        zone: String,
+    },
 }
 
 impl Command {
@@ -234,6 +241,7 @@ impl Command {
             Command::AdmitNode { .. } => Level::JOINS_TELL_LEVELS,
             Command::EndRestoreAs { .. } => Level::RESTORES_REPLACE,
             Command::AbandonShards { .. } => Level::SHARDS_BEGIN_ANEW,
+            Command::SetZone { .. } => Level::ZONES_CHANGE,
             // Before it is in the log, all that will read it have promised that they can.
             Command::RaiseLevel { .. } => Level::FIRST,
             Command::CreateCluster { .. }

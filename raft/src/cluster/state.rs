@@ -209,6 +209,10 @@ impl ClusterState {
                 known.addresses = addresses;
                 Ok(Response::Done)
             }
+            Command::SetZone { node, zone } => {
+                self.nodes.get_mut(&node).ok_or_else(|| unknown_node(node))?.zone = zone;
+                Ok(Response::Done)
+            }
             Command::RemoveNode { node } => self.remove_node(node),
             Command::CreateCollection {
                 name, config, shard_count, replication_factor, created_at, ..

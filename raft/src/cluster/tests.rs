@@ -77,6 +77,10 @@ fn step(state: &mut ClusterState, words: &[&str]) -> String {
         ["raise-level", level, nodes] => {
             Command::RaiseLevel { level: Level(number(level) as u32), nodes: set(nodes) }
         }
+        ["set-zone", node, zone @ ..] => Command::SetZone {
+            node: NodeId(number(node)),
+            zone: zone.first().copied().unwrap_or_default().to_owned(),
+        },
         ["remove-node", node] => Command::RemoveNode { node: NodeId(number(node)) },
         ["create", name, shards, replicas, request] => {
             let config = vectors_of_four();
