@@ -68,6 +68,10 @@ fn describe() {
     describe_gauge!("shoal_groups", "Raft groups on this node by role");
     describe_gauge!("shoal_groups_without_leader", "Raft groups on this node that know no leader");
     describe_gauge!(
+        "shoal_shards_without_leader",
+        "Shards that nobody who answers can lead, where the control group is led; 0 elsewhere"
+    );
+    describe_gauge!(
         "shoal_replica_lag_entries",
         "Entries by which the slowest member is behind, over the groups led here"
     );
@@ -142,6 +146,7 @@ fn describe() {
     }
     for empty in [
         "shoal_groups_without_leader",
+        "shoal_shards_without_leader",
         "shoal_replica_lag_entries",
         "shoal_points",
         "shoal_pending_vectors",

@@ -30,6 +30,17 @@ async fn a_node_with_the_only_replica_of_a_shard_is_removed_once_that_is_given_u
     let other = view.shards.iter().find(|shard| shard.id != lost).context("there are others")?.id;
     cluster.node_mut(LOST).kill()?;
 
+    // Somebody is told, although no node that runs has anything of that shard.
+    wait_until(DEADLINE, "the shard to be missed", || async {
+        let mut missed = 0;
+        for at in [0, 1] {
+            let metrics = cluster.client(at).succeed(&Request::get("/metrics")).await?.text();
+            missed += metrics.lines().filter(|line| *line == "shoal_shards_without_leader 1").count();
+        }
+        Ok((missed == 1).then_some(()))
+    })
+    .await?;
+
     // It does not go by itself, by force neither, and what would be lost is said.
     for path in ["/admin/nodes/n3", "/admin/nodes/n3?force=true"] {
         let refused = any.send(&Request::delete(path)).await?;

@@ -119,6 +119,7 @@ impl PlacementState {
         if !control.is_leader() {
             self.office = None;
             self.cluster.set_plan(None);
+            metrics::gauge!("shoal_shards_without_leader").set(0.0);
             return;
         }
         let last = self.office.as_ref().and_then(|office| office.last.as_ref());
@@ -130,6 +131,8 @@ impl PlacementState {
         let reports = self.cluster.reports().await;
         let state = self.cluster.state();
         let load = self.observe(&state, &reports);
+        let without_leader = plan::without_leader(&state, &load);
+        metrics::gauge!("shoal_shards_without_leader").set(without_leader as f64);
         let members: BTreeSet<NodeId> = state.nodes.keys().copied().collect();
         let lost = load.silent.iter().filter(|(_, silent)| **silent >= self.limits.repair_after);
         let lost: BTreeSet<NodeId> = lost.map(|(node, _)| *node).collect();

@@ -259,6 +259,12 @@ pub(crate) fn is_out_of_reach(
     2 * voters.iter().filter(|node| answers(node)).count() <= voters.len()
 }
 
+/// How many shards nobody leads, or only somebody who has lost the others.
+pub(crate) fn without_leader(state: &ClusterState, load: &Load) -> usize {
+    let is_led = |id: &ShardId| load.shards.contains_key(id) && !is_out_of_reach(state, load, *id, None);
+    state.shards.keys().filter(|id| !is_led(id)).count()
+}
+
 /// A shard whose group could not go on without a node, or of which nobody knows.
 pub(crate) fn needs(state: &ClusterState, load: &Load, node: NodeId) -> Option<ShardId> {
     let can_do_without = |id: &ShardId, replicas: &BTreeSet<NodeId>| {

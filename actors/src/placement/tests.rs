@@ -14,6 +14,7 @@ use shoal_raft::cluster::{Addresses, ClusterState, Command, Drain, Response};
 use super::control_voters;
 use super::plan::{
     Load, PlacementLimits, Seen, Step, Unled, is_out_of_reach, keeps_from_leaving, needs, plan,
+    without_leader,
 };
 
 #[test]
@@ -128,6 +129,7 @@ impl Story {
                     .collect();
                 return if lost.is_empty() { "nothing\n".to_owned() } else { lost.concat() };
             }
+            ["without-leader"] => return format!("{}\n", without_leader(&self.state, &self.load())),
             ["leaving", node] => {
                 let reasons = keeps_from_leaving(&self.state, &self.load(), NodeId(number(node)));
                 return if reasons.is_empty() { "can go\n".to_owned() } else { reasons.join("\n") + "\n" };
