@@ -11,6 +11,7 @@ use shoal_proto::{BlobHash, Error, GroupId, Level, NodeId};
 use crate::embed::TextKind;
 use crate::parse::Parsed;
 use crate::placement::{NodeReport, Plan};
+use crate::progress::Progress;
 
 /// How fresh a read must be.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -121,6 +122,8 @@ pub(crate) enum Call {
         /// How long the caller waits, in milliseconds.
         timeout_ms: u64,
     },
+    /// Say what you know of what is under way, if your node leads the control group.
+    Progress,
 }
 
 impl Call {
@@ -139,7 +142,8 @@ impl Call {
             | Call::MissingBlobs { .. }
             | Call::Tail { .. }
             | Call::PromiseLevel { .. }
-            | Call::ProposeFrozen { .. } => "other",
+            | Call::ProposeFrozen { .. }
+            | Call::Progress => "other",
         }
     }
 }
@@ -177,6 +181,8 @@ pub(crate) enum Reply {
     /// Commands in their order, with their log indexes, and the last index that was applied; none for
     /// entries that are Raft's own.
     Tail(Vec<(u64, Option<Bytes>)>, u64),
+    /// What is known of what is under way.
+    Progress(Progress),
 }
 
 #[cfg(test)]

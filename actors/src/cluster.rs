@@ -9,7 +9,7 @@
 //! A write is retried here only when nothing was proposed, or when it carries a request id,
 //! which the shard deduplicates. What stays unknown at the deadline is reported as unknown.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -33,6 +33,7 @@ use crate::levels::Promise;
 use crate::limits;
 use crate::mesh::{self, NoAnswer};
 use crate::placement::Plan;
+use crate::progress::{Attempt, Progress};
 use crate::turns::{Asked, Candidate, Place, UnderWay};
 use crate::work::Work;
 
@@ -126,6 +127,8 @@ struct Inner {
     disk_free_bytes: AtomicU64,
     /// What placement would do, where the control group's leader is.
     plan: RwLock<Option<Arc<Plan>>>,
+    /// Why something moves and how far it is, where the control group's leader is.
+    progress: RwLock<Progress>,
     /// Parsers and embedders; set once, while the node starts.
     work: std::sync::OnceLock<Work>,
     /// Set once, while the node starts.
@@ -152,6 +155,7 @@ impl Cluster {
             writable: std::sync::atomic::AtomicBool::new(true),
             disk_free_bytes: AtomicU64::new(0),
             plan: RwLock::default(),
+            progress: RwLock::default(),
             work: std::sync::OnceLock::new(),
             backups: std::sync::OnceLock::new(),
             promise: std::sync::OnceLock::new(),
@@ -239,6 +243,16 @@ impl Cluster {
     /// Keeps what placement would do, for those who ask; nothing where it does not act.
     pub(crate) fn set_plan(&self, plan: Option<Arc<Plan>>) {
         *self.inner.plan.write() = plan;
+    }
+
+    /// Keeps why shards move, for those who ask; nothing where placement does not act.
+    pub(crate) fn note_moves(&self, moves: BTreeMap<ShardId, String>) {
+        self.inner.progress.write().moves = moves;
+    }
+
+    /// Keeps how far the change of a collection's shards is, for those who ask; none when there is none here.
+    pub(crate) fn note_attempt(&self, attempt: Option<(String, Attempt)>) {
+        self.inner.progress.write().reshards = attempt.into_iter().collect();
     }
 
     /// Whether the disk has room for writes.
@@ -674,6 +688,7 @@ impl Cluster {
                 Some(plan) => Reply::Planned((*plan).clone()),
                 None => Reply::Failed(Error::unavailable("this node does not lead the control group")),
             }),
+            Call::Progress => Ok(Reply::Progress(self.inner.progress.read().clone())),
             Call::TransferLeader { group, to } => {
                 self.inner.groups.get(group)?.transfer_leader(to).await?;
                 Ok(Reply::Done)

@@ -26,6 +26,7 @@
 //! | [`blobs`] | original bytes, content-addressed and replicated beside the log |
 //! | [`parse`], [`embed`], [`work`] | files to text, text to vectors, here or on an idle node |
 //! | [`placement`] | who holds what: planned, carried out, ordered by hand |
+//! | [`progress`] | why something moves, and how far it is |
 //! | [`backup`] | everything to a directory or to S3, and back; collections as single files |
 //! | [`routing`] | writes and reads that follow the shard map |
 //! | [`reshard`] | splitting and merging shards while they are used |
@@ -61,6 +62,7 @@ mod namesake;
 pub mod parse;
 pub mod placement;
 mod pool;
+pub mod progress;
 mod replica;
 pub mod reshard;
 mod restarts;

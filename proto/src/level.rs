@@ -13,7 +13,7 @@
 //!   requests that were done in a part of a shard go along when it is split or merged; frozen shards refuse what
 //!   is proposed to them; a restored collection can take the place of another one; snapshots are offered before
 //!   they are sent; documents say why they take long; shards whose data are lost begin anew; nodes
-//!   come back in another zone.
+//!   come back in another zone; the control group's leader tells why something moves.
 //!
 //! What is written to a log, to a snapshot or to a disk, or is sent to a node, in a form that builds of the level
 //! before cannot read, belongs to a new level: give it a line here and a name in [`Level`], raise
@@ -50,6 +50,8 @@ impl Level {
     pub const SHARDS_BEGIN_ANEW: Level = Level(2);
     /// From here on a node can come back in another zone.
     pub const ZONES_CHANGE: Level = Level(2);
+    /// From here on the control group's leader tells why something moves.
+    pub const PROGRESS_IS_TOLD: Level = Level(2);
     /// The highest that this build knows.
     pub const LATEST: Level = Level(2);
 

@@ -22,10 +22,11 @@ use std::time::{Duration, Instant};
 
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use ractor_cluster::RactorMessage;
-use shoal_proto::{GroupId, NodeId};
+use shoal_proto::{GroupId, NodeId, ShardId};
 use shoal_raft::cluster::{ClusterState, Command, Drain};
 
 use crate::cluster::Cluster;
+pub(crate) use operate::ORDER_TIMEOUT;
 pub use operate::{Leaving, find_node, leaving, out_of_reach};
 use plan::Load;
 pub use plan::{Moving, PlacementLimits, Plan, Planned, Step};
@@ -70,6 +71,8 @@ struct Office {
     calm_since: Instant,
     /// What was said of the plan last, so that it is said once.
     said: BTreeSet<String>,
+    /// Why each shard moves that was set moving from here.
+    reasons: BTreeMap<ShardId, String>,
     /// What the last look came to.
     last: Option<Look>,
 }
@@ -119,6 +122,7 @@ impl PlacementState {
         if !control.is_leader() {
             self.office = None;
             self.cluster.set_plan(None);
+            self.cluster.note_moves(BTreeMap::new());
             metrics::gauge!("shoal_shards_without_leader").set(0.0);
             return;
         }
@@ -144,6 +148,8 @@ impl PlacementState {
         }
         let plan = plan::plan(&state, &load, &self.limits);
         self.say(&plan);
+        let moves = self.reasons(&state, &load, &plan);
+        self.cluster.note_moves(moves);
         if let Some(office) = &mut self.office {
             let is_busy = !matches!(steered, Ok(true)) || !plan.steps.is_empty() || !plan.moving.is_empty();
             office.last = Some(Look { at: Instant::now(), version: state.version, is_busy });
@@ -155,7 +161,7 @@ impl PlacementState {
         }
         for planned in &plan.steps {
             tracing::info!(step = %planned.step, reason = planned.reason, "placement");
-            self.take(&planned.step).await;
+            self.take(planned).await;
         }
     }
 
@@ -166,6 +172,7 @@ impl PlacementState {
             heard: BTreeMap::new(),
             calm_since: now,
             said: BTreeSet::new(),
+            reasons: BTreeMap::new(),
             last: None,
         });
         office.heard.extend(reports.keys().map(|node| (*node, now)));
@@ -195,7 +202,21 @@ impl PlacementState {
         office.said = waiting;
     }
 
-    async fn take(&mut self, step: &Step) {
+    /// Why each shard moves that does: what was ordered from here, or what is likely.
+    fn reasons(&mut self, state: &ClusterState, load: &Load, plan: &Plan) -> BTreeMap<ShardId, String> {
+        let Some(office) = &mut self.office else { return BTreeMap::new() };
+        let reason = |moving: &Moving| match office.reasons.get(&moving.shard) {
+            Some(reason) => (moving.shard, reason.clone()),
+            None => (moving.shard, plan::likely_reason(state, load, &self.limits, moving)),
+        };
+        let moves: BTreeMap<ShardId, String> = plan.moving.iter().map(reason).collect();
+        // What has arrived may be moved again, by hand.
+        office.reasons.retain(|shard, _| moves.contains_key(shard));
+        moves
+    }
+
+    async fn take(&mut self, planned: &Planned) {
+        let step = &planned.step;
         let done = match step {
             Step::SetReplicas { shard, from, to } => {
                 let command =
@@ -206,6 +227,9 @@ impl PlacementState {
         };
         if let Some(office) = &mut self.office {
             office.calm_since = Instant::now();
+            if let Step::SetReplicas { shard, .. } = step {
+                office.reasons.insert(*shard, planned.reason.clone());
+            }
         }
         if let Err(error) = done {
             tracing::warn!(%step, %error, "a placement step was refused and will be planned anew");

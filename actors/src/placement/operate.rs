@@ -15,7 +15,7 @@ use crate::call::{Call, Reply};
 use crate::cluster::Cluster;
 
 /// How long the leader of a group may take to answer an order.
-const ORDER_TIMEOUT: Duration = Duration::from_secs(5);
+pub(crate) const ORDER_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often it is looked whether a node is drained.
 const DRAIN_TICK: Duration = Duration::from_millis(500);
 

@@ -259,6 +259,32 @@ pub(crate) fn is_out_of_reach(
     2 * voters.iter().filter(|node| answers(node)).count() <= voters.len()
 }
 
+/// Why a shard moves, for a leader of the control group that has not ordered it.
+pub(crate) fn likely_reason(
+    state: &ClusterState,
+    load: &Load,
+    limits: &PlacementLimits,
+    moving: &Moving,
+) -> String {
+    for node in &moving.leaving {
+        let silent = load.silent.get(node).copied().unwrap_or_default();
+        match state.nodes.get(node) {
+            None => return format!("node {node} is no member any more"),
+            Some(_) if silent >= limits.repair_after => {
+                return format!("node {node} has been silent for {} s", silent.as_secs());
+            }
+            Some(known) if known.drain != Drain::No => return format!("node {node} is drained"),
+            Some(_) => {}
+        }
+    }
+    let reason = match (moving.arriving.is_empty(), moving.leaving.is_empty()) {
+        (false, true) => "it had too few replicas",
+        (true, false) => "it had too many replicas",
+        _ => "ordered by hand, or by who led the control group before",
+    };
+    reason.to_owned()
+}
+
 /// How many shards nobody leads, or only somebody who has lost the others.
 pub(crate) fn without_leader(state: &ClusterState, load: &Load) -> usize {
     let is_led = |id: &ShardId| load.shards.contains_key(id) && !is_out_of_reach(state, load, *id, None);

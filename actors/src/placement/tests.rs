@@ -13,8 +13,8 @@ use shoal_raft::cluster::{Addresses, ClusterState, Command, Drain, Response};
 
 use super::control_voters;
 use super::plan::{
-    Load, PlacementLimits, Seen, Step, Unled, is_out_of_reach, keeps_from_leaving, needs, plan,
-    without_leader,
+    Load, Moving, PlacementLimits, Seen, Step, Unled, is_out_of_reach, keeps_from_leaving, likely_reason,
+    needs, plan, without_leader,
 };
 
 #[test]
@@ -130,6 +130,13 @@ impl Story {
                 return if lost.is_empty() { "nothing\n".to_owned() } else { lost.concat() };
             }
             ["without-leader"] => return format!("{}\n", without_leader(&self.state, &self.load())),
+            ["why"] => {
+                let (load, limits) = (self.load(), PlacementLimits::default());
+                let moving = plan(&self.state, &load, &limits).moving;
+                let why = |moving: &Moving| likely_reason(&self.state, &load, &limits, moving);
+                let lines = moving.iter().map(|moving| format!("shard {}: {}\n", moving.shard, why(moving)));
+                return lines.collect();
+            }
             ["leaving", node] => {
                 let reasons = keeps_from_leaving(&self.state, &self.load(), NodeId(number(node)));
                 return if reasons.is_empty() { "can go\n".to_owned() } else { reasons.join("\n") + "\n" };

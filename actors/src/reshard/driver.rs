@@ -10,6 +10,7 @@ use shoal_raft::cluster::{self, ClusterState};
 use super::STEP_TIMEOUT;
 use super::copying::Copying;
 use crate::cluster::Cluster;
+use crate::progress::Attempt;
 
 /// The pause before a failed change is begun anew; it doubles up to the second.
 const RETRY_PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
@@ -32,11 +33,19 @@ fn is_worth_repeating(error: &Error) -> bool {
 impl Driver {
     /// Returns whether the shards were changed; otherwise that was given up, here or by somebody's order.
     pub(super) async fn run(self) -> bool {
+        let is_done = self.drive().await;
+        self.cluster.note_attempt(None);
+        is_done
+    }
+
+    async fn drive(&self) -> bool {
         let began = Instant::now();
         let mut pause = Duration::ZERO;
         let mut reason = String::new();
         let mut children = Vec::new();
-        for _ in 0..MAX_ATTEMPTS {
+        for number in 1..=MAX_ATTEMPTS {
+            let attempt = Attempt { number, of: MAX_ATTEMPTS, last_error: reason.clone() };
+            self.cluster.note_attempt(Some((self.name.clone(), attempt)));
             match self.attempt(pause, &mut children).await {
                 Ok(is_done) => {
                     if is_done {

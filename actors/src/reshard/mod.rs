@@ -126,7 +126,9 @@ impl ReshardsState {
         let cluster = &self.arguments.cluster;
         let leads = cluster.groups().get(GroupId::CONTROL).is_ok_and(|control| control.is_leader());
         if !leads {
-            self.running = None;
+            if self.running.take().is_some() {
+                cluster.note_attempt(None);
+            }
             return;
         }
         if self.running.as_ref().is_some_and(|running| !running.0.is_finished()) {

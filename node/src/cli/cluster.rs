@@ -313,7 +313,11 @@ fn print_report(report: &Value) {
     print_plan(&report["placement"]);
     for change in list(&report["resharding"]) {
         let (from, into) = (ids(&change["shards"]), ids(&change["into"]));
-        println!("shards of {}: {from} become {into}", text(&change["collection"]));
+        let attempt = change["attempt"].as_u64().map_or(String::new(), |number| {
+            let failed = change["last_error"].as_str().map_or(String::new(), |error| format!(": {error}"));
+            format!("  (attempt {number} of {}{failed})", change["attempts"])
+        });
+        println!("shards of {}: {from} become {into}{attempt}", text(&change["collection"]));
     }
 }
 
@@ -377,7 +381,13 @@ fn print_plan(plan: &Value) {
     println!("placement{paused}:");
     for moving in moving {
         let (arriving, leaving) = (ids(&moving["arriving"]), ids(&moving["leaving"]));
-        println!("  under way  shard {}: arriving {arriving}, leaving {leaving}", moving["shard"]);
+        let reason = moving["reason"].as_str().map_or(String::new(), |reason| format!("  ({reason})"));
+        let behind = moving["behind"].as_object().into_iter().flatten();
+        let behind: String = behind.map(|(node, entries)| format!("; {node} is {entries} behind")).collect();
+        println!(
+            "  under way  shard {}: arriving {arriving}, leaving {leaving}{behind}{reason}",
+            moving["shard"]
+        );
     }
     for step in steps {
         println!("  next       {}  ({})", text(&step["step"]), text(&step["reason"]));

@@ -11,7 +11,8 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use shoal_actors::Cluster;
 use shoal_actors::levels::Build;
-use shoal_actors::placement::{GroupReport, NodeReport, Plan, find_node, leaving, led, out_of_reach};
+use shoal_actors::placement::{GroupReport, Moving, NodeReport, Plan, find_node, leaving, led, out_of_reach};
+use shoal_actors::progress::{Attempt, Progress};
 use shoal_proto::{GroupId, NodeId, ShardId};
 use shoal_raft::cluster::{ClusterState, Drain, Reshard};
 use utoipa::{IntoParams, ToSchema};
@@ -53,7 +54,11 @@ async fn report(State(app): State<App>, context: Context) -> Result<Json<Value>,
     let state = cluster.fresh_state(context.deadline).await?;
     let (reports, builds) = tokio::join!(cluster.reports(), cluster.builds());
     let led = led(&reports);
-    let plan = cluster.plan().await.ok();
+    let (plan, progress) = tokio::join!(cluster.plan(), cluster.progress());
+    let placement = plan.ok().map(|plan| plan_shape(&plan, &progress, &led));
+    let resharding = state.resharding.iter();
+    let resharding: Vec<Value> =
+        resharding.map(|(name, change)| reshard_shape(name, change, progress.reshards.get(name))).collect();
     let nodes: Vec<Value> =
         state.nodes.keys().map(|id| node_shape(&state, &reports, builds.get(id), *id)).collect();
     let out_of_reach = out_of_reach(&state, &reports);
@@ -62,8 +67,7 @@ async fn report(State(app): State<App>, context: Context) -> Result<Json<Value>,
     Ok(Json(json!({
         "cluster_id": state.cluster_id, "version": state.version, "level": state.level, "nodes": nodes,
         "control": group_shape(&led, GroupId::CONTROL), "shards": shards,
-        "placement": plan.map(|plan| plan_shape(&plan)),
-        "resharding": state.resharding.iter().map(|(name, change)| reshard_shape(name, change)).collect::<Vec<_>>(),
+        "placement": placement, "resharding": resharding,
     })))
 }
 
@@ -117,11 +121,22 @@ fn group_shape(led: &Led, id: GroupId) -> Value {
     }
 }
 
-fn reshard_shape(name: &str, change: &Reshard) -> Value {
-    json!({"collection": name, "shards": change.parents, "into": change.children})
+fn reshard_shape(name: &str, change: &Reshard, attempt: Option<&Attempt>) -> Value {
+    json!({
+        "collection": name, "shards": change.parents, "into": change.children,
+        "attempt": attempt.map(|attempt| attempt.number), "attempts": attempt.map(|attempt| attempt.of),
+        "last_error": attempt.map(|attempt| &attempt.last_error).filter(|error| !error.is_empty()),
+    })
 }
 
-fn plan_shape(plan: &Plan) -> Value {
+/// How many entries those are behind that are to hold a shard, by the word of its leader.
+fn arriving_behind(moving: &Moving, led: &Led) -> BTreeMap<NodeId, u64> {
+    let behind = led.get(&GroupId::from(moving.shard)).map(|(_, group)| &group.behind);
+    let of = |node: &NodeId| Some((*node, *behind?.get(node)?));
+    moving.arriving.iter().filter_map(of).collect()
+}
+
+fn plan_shape(plan: &Plan, progress: &Progress, led: &Led) -> Value {
     let steps: Vec<Value> = plan
         .steps
         .iter()
@@ -130,7 +145,12 @@ fn plan_shape(plan: &Plan) -> Value {
     let moving: Vec<Value> = plan
         .moving
         .iter()
-        .map(|moving| json!({"shard": moving.shard, "arriving": moving.arriving, "leaving": moving.leaving}))
+        .map(|moving| {
+            json!({
+                "shard": moving.shard, "arriving": moving.arriving, "leaving": moving.leaving,
+                "reason": progress.moves.get(&moving.shard), "behind": arriving_behind(moving, led),
+            })
+        })
         .collect();
     json!({
         "version": plan.version, "is_paused": plan.is_paused, "steps": steps, "moving": moving,
@@ -147,7 +167,9 @@ fn plan_shape(plan: &Plan) -> Value {
     responses(OperatorAnswers)
 )]
 async fn placement(State(app): State<App>) -> Result<Json<Value>, Problem> {
-    Ok(Json(plan_shape(&app.running()?.cluster.plan().await?)))
+    let cluster = &app.running()?.cluster;
+    let (plan, progress, reports) = tokio::join!(cluster.plan(), cluster.progress(), cluster.reports());
+    Ok(Json(plan_shape(&plan?, &progress, &led(&reports))))
 }
 
 /// Placement moves nothing any more by itself. What is under way ends.
