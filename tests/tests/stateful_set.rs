@@ -28,11 +28,14 @@ const WRITERS: u64 = 4;
 const NEEDLES: u64 = 20;
 /// Ids of those, beyond what the writers write.
 const FIRST_NEEDLE: u64 = 1 << 40;
-/// The longest time in which nothing may be acknowledged during a rolling update. Pods hand their leadership
-/// over, so it must not take longer than the goal for a leader that is killed.
-const WRITE_GAP_LIMIT: Duration = Duration::from_secs(2);
-/// The part of the load that this is about.
+/// The longest time in which nothing may be acknowledged while pods are stopped as planned: they hand their
+/// leadership over first.
+const PLANNED_GAP_LIMIT: Duration = Duration::from_millis(500);
+/// The same while a process is killed: the others must find out and elect.
+const KILLED_GAP_LIMIT: Duration = Duration::from_secs(2);
+/// The parts of the load that those are about.
 const ROLLING_UPDATE: &str = "rolling update";
+const PROCESS_DIES: &str = "a process dies";
 /// How long the cluster may take to notice a change and act on it.
 const CHANGE_DEADLINE: Duration = Duration::from_secs(60);
 /// How long the CLI may take to drain a node, in seconds.
@@ -79,7 +82,7 @@ impl Load {
                 written.gap_within(*from, *to).as_millis(),
             ));
         }
-        check_gap(&written, &self.steps)?;
+        check_gaps(&written, &self.steps)?;
         Ok(written.points.into_iter().chain(needles()).collect())
     }
 }
@@ -88,10 +91,12 @@ fn needles() -> impl Iterator<Item = (u64, Value)> {
     (FIRST_NEEDLE..FIRST_NEEDLE + NEEDLES).map(|id| (id, json!({"needle": id})))
 }
 
-fn check_gap(written: &Written, steps: &[(&str, Instant)]) -> Result<()> {
-    let at = steps.iter().position(|(name, _)| *name == ROLLING_UPDATE).context("nothing was updated")?;
-    let gap = written.gap_within(steps[at].1, steps[at + 1].1);
-    ensure!(gap <= WRITE_GAP_LIMIT, "nothing was acknowledged for {gap:?} of the {ROLLING_UPDATE}");
+fn check_gaps(written: &Written, steps: &[(&str, Instant)]) -> Result<()> {
+    for (step, limit) in [(ROLLING_UPDATE, PLANNED_GAP_LIMIT), (PROCESS_DIES, KILLED_GAP_LIMIT)] {
+        let at = steps.iter().position(|(name, _)| *name == step).with_context(|| format!("no {step}"))?;
+        let gap = written.gap_within(steps[at].1, steps[at + 1].1);
+        ensure!(gap <= limit, "{step}: nothing was acknowledged for {gap:?}");
+    }
     Ok(())
 }
 
@@ -191,7 +196,7 @@ async fn update(set: &mut StatefulSet, load: &mut Load) -> Result<()> {
 /// A process dies and is started again in its pod; then a pod is gone at once and comes back elsewhere.
 async fn lose_processes(set: &mut StatefulSet, load: &mut Load) -> Result<()> {
     let before = members(set).await?;
-    load.step("a process dies");
+    load.step(PROCESS_DIES);
     let pod = set.pod(1);
     pod.crash().await?;
     wait_until(CHANGE_DEADLINE, "the process to be started again", || async {
