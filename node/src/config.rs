@@ -108,6 +108,9 @@ pub struct ServeArgs {
     /// Bytes of a shard's store above which it is split in two; never when zero.
     #[arg(long, env = "SHOAL_SPLIT_BYTES")]
     pub split_bytes: Option<u64>,
+    /// Seconds between two looks at the sizes of shards.
+    #[arg(long, env = "SHOAL_SIZES_SECONDS")]
+    pub sizes_seconds: Option<u64>,
     /// Bytes a second that this node sends to others for moves; no limit when zero.
     #[arg(long, env = "SHOAL_MOVE_BYTES_PER_SECOND")]
     pub move_bytes_per_second: Option<u64>,
@@ -228,6 +231,8 @@ pub struct PlacementSettings {
     pub drain_seconds: u64,
     /// Bytes of a shard's store above which it is split in two; never when zero.
     pub split_bytes: u64,
+    /// Seconds between two looks at the sizes of shards, from 1.
+    pub sizes_seconds: u64,
     /// Bytes a second that this node sends to others for moves: snapshots of shards and copies of files, of all
     /// shards together; from 65536, or no limit when zero.
     pub move_bytes_per_second: u64,
@@ -358,6 +363,7 @@ impl Default for PlacementSettings {
             drain_on_stop: false,
             drain_seconds: 300,
             split_bytes: limits.split_bytes,
+            sizes_seconds: limits.sizes_every.as_secs(),
             move_bytes_per_second: RaftConfig::default().move_bytes_per_second,
         }
     }
@@ -370,6 +376,7 @@ impl PlacementSettings {
             repair_after: Duration::from_secs(self.repair_after_seconds),
             calm_before_leaders: Duration::from_secs(self.calm_before_leaders_seconds),
             split_bytes: self.split_bytes,
+            sizes_every: Duration::from_secs(self.sizes_seconds),
         }
     }
 }
@@ -464,6 +471,7 @@ impl Config {
         set(&mut self.limits.working_requests, &args.working_requests);
         set(&mut self.placement.repair_after_seconds, &args.repair_after);
         set(&mut self.placement.split_bytes, &args.split_bytes);
+        set(&mut self.placement.sizes_seconds, &args.sizes_seconds);
         set(&mut self.placement.move_bytes_per_second, &args.move_bytes_per_second);
         set(&mut self.backup.target, &args.backup_target);
         set(&mut self.backup.keep, &args.backup_keep);
@@ -502,6 +510,7 @@ impl Config {
             "placement.repair_after_seconds: {} is less than 5",
             self.placement.repair_after_seconds
         );
+        ensure!(self.placement.sizes_seconds >= 1, "placement.sizes_seconds: less than 1");
         let pace = self.placement.move_bytes_per_second;
         ensure!(
             pace == 0 || pace >= MIN_MOVE_BYTES_PER_SECOND,
@@ -648,6 +657,14 @@ mod tests {
         assert!(load(1000).is_err());
         assert_eq!(load(0).expect("no limit").raft().move_bytes_per_second, 0);
         assert_eq!(load(1 << 20).expect("slow").raft().move_bytes_per_second, 1 << 20);
+    }
+
+    #[test]
+    fn sizes_are_looked_up_now_and_then() {
+        let load =
+            |seconds| Config::load(&ServeArgs { sizes_seconds: Some(seconds), ..ServeArgs::default() });
+        assert!(load(0).is_err());
+        assert_eq!(load(2).expect("often").placement.limits().sizes_every, Duration::from_secs(2));
     }
 
     #[test]

@@ -28,6 +28,17 @@ const NEEDLES: u64 = 20;
 /// The longest time in which no writer has an acknowledgement while shards are changed.
 const GAP_LIMIT: Duration = Duration::from_secs(2);
 
+/// A shard whose store is larger is split by itself, and how often that is looked up, in seconds.
+const SPLIT_BYTES: &str = "8388608";
+const SIZES_SECONDS: &str = "1";
+/// Points that together take more than that, and how many of them go into one request.
+const LARGE: u64 = 3_000;
+const LARGE_AT_ONCE: usize = 100;
+/// Bytes of the payload of each.
+const LARGE_BYTES: usize = 4096;
+/// How long a paused placement is watched: several looks at the sizes.
+const HELD_BACK: Duration = Duration::from_secs(8);
+
 /// How long a read may take that shows an old token, or a wrong one.
 const TOKEN_LIMIT: Duration = Duration::from_secs(5);
 
@@ -302,6 +313,94 @@ async fn refusals(cluster: &Cluster) -> Result<()> {
         ensure!(reply.text().contains(words), "{request}: {}", reply.text());
     }
     Ok(())
+}
+
+/// A payload that no compression makes much smaller.
+fn large(id: u64) -> Value {
+    let mut bytes = [0; LARGE_BYTES / 2];
+    blake3::Hasher::new().update(&id.to_be_bytes()).finalize_xof().fill(&mut bytes);
+    json!({"text": bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>()})
+}
+
+/// Checks again and again that no shard is changed although one is too large, for as long as it is held back.
+async fn held_back(cluster: &Cluster) -> Result<()> {
+    let began = Instant::now();
+    while began.elapsed() < HELD_BACK {
+        let report = cluster.any().json(&Request::get("/admin/cluster/report")).await?;
+        ensure!(report["resharding"] == json!([]), "placement is paused: {}", report["resharding"]);
+        let shards = cluster.shards("c").await?;
+        ensure!(shards.len() == 1, "placement is paused, and the shards are {shards:?}");
+        tokio::time::sleep(Duration::from_millis(250)).await;
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shard_that_is_too_large_is_split_by_itself_unless_placement_is_paused() -> Result<()> {
+    let sizes =
+        Cluster::of(3).env("SHOAL_SPLIT_BYTES", SPLIT_BYTES).env("SHOAL_SIZES_SECONDS", SIZES_SECONDS);
+    let cluster = sizes.start().await?;
+    let any = cluster.any();
+    let points = Points::of(&any, "c");
+    points.create(1, 3).await?;
+    cluster.settled().await?;
+    order(&cluster, &["pause"]).await?;
+    wait_until(RESHARD_DEADLINE, "placement to pause", || async {
+        let plan = order(&cluster, &["plan"]).await?;
+        ensure!(plan.contains("(paused)"), "{plan}");
+        Ok(Some(()))
+    })
+    .await?;
+    let before: Vec<(u64, Value)> = (FIRST..FIRST + LARGE).map(|id| (id, large(id))).collect();
+    for some in before.chunks(LARGE_AT_ONCE) {
+        let some: Vec<Value> = some.iter().map(|(id, payload)| point(*id, payload.clone())).collect();
+        points.upsert(&some).await?;
+    }
+    held_back(&cluster).await?;
+
+    let writers = Writers::start(&cluster, "c", 2);
+    writers.progress(50).await?;
+    let resumed = Instant::now();
+    order(&cluster, &["resume"]).await?;
+    // It goes on until all of them are small enough: two are the least that there can be then.
+    let shards = wait_until(RESHARD_DEADLINE, "the shard to be split by itself", || async {
+        let report = any.json(&Request::get("/admin/cluster/report")).await?;
+        ensure!(report["resharding"] == json!([]), "{}", report["resharding"]);
+        let shards = cluster.shards("c").await?;
+        Ok((shards.len() >= 2).then_some(shards))
+    })
+    .await?;
+    say(format!(
+        "split by itself {:.1} s after placement went on: {shards:?}",
+        resumed.elapsed().as_secs_f64()
+    ));
+    let said = |at: usize| cluster.node(at).log().contains("a shard is too large and is split");
+    ensure!((0..cluster.len()).any(said), "nobody says that it was too large");
+    writers.progress(200).await?;
+    let written = writers.stop().await?;
+    written.report("split by itself");
+    // Nothing more is split while everything is looked at.
+    order(&cluster, &["pause"]).await?;
+    wait_until(RESHARD_DEADLINE, "the shards to be left alone", || async {
+        let report = any.json(&Request::get("/admin/cluster/report")).await?;
+        let is_left = report["resharding"] == json!([]) && report["placement"]["is_paused"] == json!(true);
+        ensure!(is_left, "{}, {}", report["resharding"], report["placement"]);
+        Ok(Some(()))
+    })
+    .await?;
+    cluster.settled().await?;
+    cluster.converged().await?;
+    let mut expected = written.points.clone();
+    expected.extend(before);
+    for at in 0..3 {
+        for freshness in [Freshness::Linearizable, Freshness::Eventual] {
+            let points = Points::of(cluster.client(at), "c").at(freshness);
+            shoal_tests::writers::verify(&expected, &points).await?;
+        }
+    }
+    let gap = written.gap_of_all;
+    ensure!(gap < GAP_LIMIT, "for {gap:?} nothing was acknowledged");
+    cluster.finish()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -35,6 +35,8 @@ pub struct PlacementLimits {
     pub calm_before_leaders: Duration,
     /// A shard whose store is larger is split in two, in bytes; never when 0.
     pub split_bytes: u64,
+    /// How often it is looked whether a shard is larger.
+    pub sizes_every: Duration,
 }
 
 impl Default for PlacementLimits {
@@ -43,6 +45,7 @@ impl Default for PlacementLimits {
             repair_after: Duration::from_secs(300),
             calm_before_leaders: Duration::from_secs(60),
             split_bytes: 8 << 30,
+            sizes_every: Duration::from_secs(60),
         }
     }
 }

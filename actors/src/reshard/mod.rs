@@ -42,8 +42,6 @@ use crate::placement::PlacementLimits;
 
 /// How often it is looked whether something is to be done.
 const TICK: Duration = Duration::from_millis(500);
-/// How often the sizes of shards are looked up.
-const SIZES_EVERY: Duration = Duration::from_secs(60);
 /// How long one step may take: long enough for an election.
 const STEP_TIMEOUT: Duration = Duration::from_secs(60);
 /// The pause before a log is looked at again in which there was nothing new.
@@ -103,7 +101,7 @@ impl Actor for Reshards {
             std::fs::remove_dir_all(&arguments.scratch)?;
         }
         myself.send_interval(TICK, || ReshardsMessage::Tick);
-        let sizes_at = Instant::now() + SIZES_EVERY;
+        let sizes_at = Instant::now() + arguments.limits.sizes_every;
         Ok(ReshardsState { arguments, running: None, sizes_at, backoff: Backoff::default() })
     }
 
@@ -148,7 +146,7 @@ impl ReshardsState {
                 }
             })));
         } else if self.arguments.limits.split_bytes > 0 && now >= self.sizes_at {
-            self.sizes_at = now + SIZES_EVERY;
+            self.sizes_at = now + self.arguments.limits.sizes_every;
             self.backoff.retain(|shard| state.shards.contains_key(&shard));
             let collections = state.usable_collections().filter(|(name, _)| *name != FILES_COLLECTION);
             let shards = collections.flat_map(|(_, collection)| collection.shards.iter().copied());
