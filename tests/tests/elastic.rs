@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use shoal_tests::view::View;
 use shoal_tests::{
-    Client, Cluster, Freshness, Points, Request, Searcher, Writers, documents, point, say, wait_until,
+    Client, Cluster, Freshness, Points, Request, Searcher, Writers, cli, documents, point, say, wait_until,
 };
 
 /// How long a node may take to hand everything over and stop.
@@ -213,6 +213,156 @@ async fn operators_drain_move_repair_and_remove() -> Result<()> {
     written.report("drained, repaired, moved");
     for at in [0, 3, 4] {
         written.verify(cluster.client(at), "c", Freshness::Linearizable).await?;
+    }
+    cluster.finish()
+}
+
+/// Where all nodes are in one test.
+const ZONE: &str = "harbour";
+/// How often a watched status is read.
+const FRAMES: usize = 2;
+
+/// Runs `shoal cluster …` against a node until it ends well.
+async fn type_in(cluster: &Cluster, arguments: &[&str]) -> Result<String> {
+    cli::run_at(&cluster.node(0).url(), &[&["cluster"], arguments].concat(), DRAIN_DEADLINE).await
+}
+
+/// Waits until the plan has these words, and returns it.
+async fn planned(cluster: &Cluster, words: &[&str]) -> Result<String> {
+    wait_until(REST_DEADLINE, &format!("a plan with {words:?}"), || async {
+        let plan = type_in(cluster, &["plan"]).await?;
+        ensure!(words.iter().all(|word| plan.contains(word)), "{plan}");
+        Ok(Some(plan))
+    })
+    .await
+}
+
+/// The places of the nodes that are to hold a shard, with the leader first, and of those that are not.
+async fn places(cluster: &Cluster, shard: u64) -> Result<(Vec<usize>, Vec<usize>)> {
+    let leader = cluster.leader(shard).await?;
+    let view = cluster.node(leader).view().await?;
+    let placed = view.shards.iter().find(|known| known.id == shard).context("the leader knows it")?;
+    let (mut hold, mut lack) = (vec![leader], Vec::new());
+    for at in (0..cluster.len()).filter(|at| *at != leader) {
+        let known = view.nodes.iter().find(|node| node.name == cluster.node(at).name());
+        let id = known.context("the leader knows every node")?.id;
+        if placed.replicas.contains(&id) { hold.push(at) } else { lack.push(at) }
+    }
+    Ok((hold, lack))
+}
+
+/// Moves a replica by what an operator types, and waits until exactly the right nodes vote.
+async fn move_by_hand(cluster: &Cluster, shard: u64, (from, to): (usize, usize)) -> Result<()> {
+    let (from, to) = (cluster.node(from), cluster.node(to));
+    let (left, arrived) = (from.view().await?.node.id, to.view().await?.node.id);
+    let began = Instant::now();
+    type_in(cluster, &["move", &shard.to_string(), "--from", from.name(), "--to", to.name()]).await?;
+    wait_until(REST_DEADLINE, "the replica to move", || async {
+        let report = cluster.any().json(&Request::get("/admin/cluster/report")).await?;
+        let shards = report["shards"].as_array().context("no shards")?;
+        let group = &shards.iter().find(|known| known["id"] == json!(shard)).context("no shard")?["group"];
+        let voters = group["voters"].as_array().context("no leader")?;
+        let is_done = voters.contains(&json!(arrived)) && !voters.contains(&json!(left));
+        ensure!(is_done && group["learners"] == json!([]), "{group}");
+        Ok(Some(()))
+    })
+    .await?;
+    say(format!(
+        "shard {shard} has moved from {} to {} after {:.1} s",
+        from.name(),
+        to.name(),
+        began.elapsed().as_secs_f64()
+    ));
+    Ok(())
+}
+
+/// Checks what a printed status says of every node, and of every shard of the collection.
+async fn check_status(cluster: &Cluster, printed: &str, shards: &[u64]) -> Result<()> {
+    for at in 0..cluster.len() {
+        let node = cluster.node(at);
+        let (name, id) = (node.name(), node.view().await?.node.id);
+        let cell = |heading: &str| cli::cell(printed, ("NAME", name), heading);
+        ensure!(cell("NODE")? == id.to_string(), "the id of {name}: {printed}");
+        ensure!(cell("ZONE")? == ZONE, "the zone of {name}: {printed}");
+        ensure!(cell("STATE")? == "up", "the state of {name}: {printed}");
+        ensure!(cell("HTTP")? == node.http_address(), "the address of {name}: {printed}");
+    }
+    for shard in shards {
+        let cell = |heading: &str| cli::cell(printed, ("SHARD", &shard.to_string()), heading);
+        let leader = cluster.leader(*shard).await?;
+        let leader = cluster.node(leader).view().await?.node.id;
+        ensure!(cell("COLLECTION")? == "c", "the collection of shard {shard}: {printed}");
+        ensure!(cell("LEADER")? == leader.to_string(), "{leader} leads shard {shard}: {printed}");
+        let behind = cell("BEHIND")?;
+        ensure!(behind.parse::<u64>().is_ok(), "shard {shard} is {behind:?} behind: {printed}");
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_operators_type_is_done() -> Result<()> {
+    let cluster = Cluster::of(3).env("SHOAL_ZONE", ZONE).start().await?;
+    Points::of(&cluster.any(), "c").create(3, 2).await?;
+    cluster.rested(|spread| spread == [2; 3]).await?;
+    cluster.settled().await?;
+    let shards = cluster.shards("c").await?;
+    let writers = Writers::start(&cluster, "c", 2);
+    writers.progress(50).await?;
+
+    let printed = type_in(&cluster, &["status"]).await?;
+    check_status(&cluster, &printed, &shards).await?;
+    ensure!(printed.contains("placement: nothing to do"), "{printed}");
+    let watched = ["cluster", "status", "--watch"];
+    let frames =
+        cli::watch_at(&cluster.node(0).url(), &watched, ("cluster ", FRAMES), DRAIN_DEADLINE).await?;
+    ensure!(frames.len() == FRAMES, "{frames:?}");
+    for frame in &frames {
+        check_status(&cluster, frame, &shards).await?;
+    }
+
+    // Nothing moves by itself from here on; what is ordered does, be it a follower or the leader.
+    type_in(&cluster, &["pause"]).await?;
+    planned(&cluster, &["placement (paused): nothing to do"]).await?;
+    let (hold, lack) = places(&cluster, shards[0]).await?;
+    move_by_hand(&cluster, shards[0], (hold[1], lack[0])).await?;
+    let (hold, lack) = places(&cluster, shards[1]).await?;
+    move_by_hand(&cluster, shards[1], (hold[0], lack[0])).await?;
+    let (hold, _) = places(&cluster, shards[2]).await?;
+    let heir = cluster.node(hold[1]).name();
+    wait_until(REST_DEADLINE, "the leader to move", || async {
+        type_in(&cluster, &["lead", &shards[2].to_string(), "--to", heir]).await?;
+        let leader = cluster.leader(shards[2]).await?;
+        ensure!(cluster.node(leader).name() == heir, "{} leads", cluster.node(leader).name());
+        Ok(Some(()))
+    })
+    .await?;
+    type_in(&cluster, &["replicate", "c", "3"]).await?;
+    planned(&cluster, &["placement (paused):", "  next ", "it has 2 of 3 replicas"]).await?;
+    for shard in &shards {
+        let (hold, _) = places(&cluster, *shard).await?;
+        ensure!(hold.len() == 2, "placement is paused, and {} hold shard {shard}", hold.len());
+    }
+    type_in(&cluster, &["resume"]).await?;
+    cluster.rested(|spread| spread == [3; 3]).await?;
+    writers.progress(50).await?;
+
+    // A node that is drained and then used again has its share again.
+    type_in(&cluster, &["drain", "n3"]).await?;
+    let printed = type_in(&cluster, &["status"]).await?;
+    let n3 = |heading: &str| cli::cell(&printed, ("NAME", "n3"), heading);
+    ensure!(n3("STATE")? == "drained" && n3("REPLICAS")? == "0" && n3("LEADS")? == "0", "{printed}");
+    type_in(&cluster, &["undrain", "n3"]).await?;
+    cluster.rested(|spread| spread == [3; 3]).await?;
+    cluster.settled().await?;
+    check_status(&cluster, &type_in(&cluster, &["status"]).await?, &shards).await?;
+    writers.progress(50).await?;
+    let written = writers.stop().await?;
+    written.report("paused, moved, drained, used again");
+    cluster.converged().await?;
+    for at in 0..3 {
+        for freshness in [Freshness::Linearizable, Freshness::Eventual] {
+            written.verify(cluster.client(at), "c", freshness).await?;
+        }
     }
     cluster.finish()
 }
