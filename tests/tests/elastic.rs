@@ -367,6 +367,100 @@ async fn what_operators_type_is_done() -> Result<()> {
     cluster.finish()
 }
 
+/// Bytes a second that a node may send for moves: a replica of the large points takes seconds.
+const SLOW_PACE: &str = "262144";
+/// Points with a large payload, and how many of them go into one request: into an entry for each shard.
+const LARGE: u64 = 1_600;
+const LARGE_AT_ONCE: usize = 8;
+/// Ids of those, beyond what the writers write.
+const FIRST_LARGE: u64 = 1 << 41;
+/// Entries that a log is without, at least, when a new replica needs a snapshot.
+const PURGED: u64 = 20;
+
+fn large(id: u64) -> Value {
+    let part = |part: u64| blake3::hash(&(64 * id + part).to_be_bytes()).to_hex().to_string();
+    json!({"text": (0..64).map(part).collect::<String>()})
+}
+
+/// What placement is at, by the word of whoever leads the control group.
+async fn moving(client: &Client) -> Result<Vec<Value>> {
+    let plan = client.json(&Request::get("/admin/placement")).await?;
+    Ok(plan["moving"].as_array().with_context(|| format!("no plan: {plan}"))?.clone())
+}
+
+/// Waits until something moves, by the word of whoever leads the control group, and returns it.
+async fn under_way(client: &Client) -> Result<Vec<Value>> {
+    wait_until(REST_DEADLINE, "a replica to be on its way", || async {
+        let moving = moving(client).await?;
+        Ok((!moving.is_empty()).then_some(moving))
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_move_goes_on_under_another_leader_of_the_control_group() -> Result<()> {
+    let settings = Cluster::of(3)
+        .env("SHOAL_RAFT_CHECKPOINT_ENTRIES", "100")
+        .env("SHOAL_RAFT_KEEP_ENTRIES", "20")
+        .env("SHOAL_MOVE_BYTES_PER_SECOND", SLOW_PACE);
+    let mut cluster = settings.start().await?;
+    let any = cluster.any();
+    let points = Points::of(&any, "c");
+    points.create(SHARDS, 3).await?;
+    cluster.settled().await?;
+    let known: Vec<(u64, Value)> = (FIRST_LARGE..FIRST_LARGE + LARGE).map(|id| (id, large(id))).collect();
+    for some in known.chunks(LARGE_AT_ONCE) {
+        let some: Vec<Value> = some.iter().map(|(id, payload)| point(*id, payload.clone())).collect();
+        points.upsert(&some).await?;
+    }
+    // A new replica is made from a snapshot, which takes its time.
+    for shard in cluster.shards("c").await? {
+        wait_until(REST_DEADLINE, "the logs to be dropped", || async {
+            let leader = cluster.leader(shard).await?;
+            let view = cluster.node(leader).view().await?;
+            let purged = view.group(shard).context("its leader has it")?.purged;
+            ensure!(purged >= PURGED, "the log of shard {shard} begins after {purged}");
+            Ok(Some(()))
+        })
+        .await?;
+    }
+    let writers = Writers::start(&cluster, "c", 2);
+    writers.progress(50).await?;
+
+    cluster.add_node().await?;
+    under_way(&any).await?;
+    let leader = cluster.leader(0).await?;
+    let others = cluster.any_but(&[leader]);
+    let before = moving(&any).await?;
+    ensure!(!before.is_empty(), "the move has ended before anybody could be killed");
+    cluster.node_mut(leader).kill()?;
+    let killed = Instant::now();
+    let after = under_way(&others).await?;
+    let next = cluster.leader(0).await?;
+    ensure!(next != leader, "{} was killed", cluster.node(leader).name());
+    say(format!(
+        "moved before the leader was killed: {before:?}; {:.1} s later, by {}: {after:?}",
+        killed.elapsed().as_secs_f64(),
+        cluster.node(next).name()
+    ));
+    writers.progress(50).await?;
+    cluster.restart(leader).await?;
+    cluster.rested(|spread| spread == [3; 4]).await?;
+    cluster.settled().await?;
+    let written = writers.stop().await?;
+    written.report("another leader in the middle of a move");
+    cluster.converged().await?;
+    let mut expected = written.points.clone();
+    expected.extend(known);
+    for at in 0..4 {
+        for freshness in [Freshness::Linearizable, Freshness::Eventual] {
+            shoal_tests::writers::verify(&expected, &Points::of(cluster.client(at), "c").at(freshness))
+                .await?;
+        }
+    }
+    cluster.finish()
+}
+
 /// Waits until nothing moves although a node is gone.
 async fn rest_without(cluster: &Cluster, lost: u64) -> Result<()> {
     wait_until(REST_DEADLINE, "the replicas to be whole without the lost node", || async {
