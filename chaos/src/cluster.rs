@@ -74,6 +74,8 @@ pub struct Member {
     pub runs: Arc<AtomicU64>,
     /// The process that was started last.
     pub pid: Arc<AtomicU32>,
+    /// How often all that it had stored was lost.
+    pub lost_disks: Arc<AtomicU64>,
     small: Option<PathBuf>,
     /// Dropped after the process has ended.
     _limits: Option<Limits>,
@@ -155,6 +157,7 @@ impl Cluster {
                 clock,
                 runs: Arc::default(),
                 pid: Arc::default(),
+                lost_disks: Arc::default(),
                 small,
                 _limits: limits,
             });

@@ -316,6 +316,18 @@ pub struct Sample {
     pub last: u64,
     /// The latest agreed index at which the state was hashed, and the hash.
     pub hash: Option<(u64, String)>,
+    /// Which node it was and on which disk; older histories do not tell.
+    #[serde(default)]
+    pub of: Option<Origin>,
+}
+
+/// A node and its disk, whatever id it has.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Origin {
+    /// The node's name.
+    pub name: String,
+    /// How many disks it had lost before.
+    pub disk: u64,
 }
 
 /// What a node's process held of the machine at a moment.

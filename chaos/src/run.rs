@@ -22,7 +22,7 @@ use crate::faults::clock::seconds_since_1970;
 use crate::faults::reshard::Resharding;
 use crate::faults::upgrade::Upgrade;
 use crate::faults::{self, Fault, Need};
-use crate::history::{Call, Header, History, Level, Phase, Recorder, Sample};
+use crate::history::{Call, Header, History, Level, Origin, Phase, Recorder, Sample};
 use crate::scenario::{Scenario, Size};
 use crate::shrink::{self, Shrunk, has_parts};
 use crate::workloads::{Clients, Crowd, Source};
@@ -104,7 +104,11 @@ pub async fn run(
     let watchers = [monitor(&cluster, &recorder), count(&cluster, &recorder), measure(&cluster, &recorder)];
     let pause = Duration::from_secs_f64(size.clients as f64 / size.rate as f64);
     let source = Source { clients: cluster.clients(), recorder: recorder.clone(), seed };
-    let clients = Clients::start(&source, scenario.workload, 0..size.clients, pause);
+    let usual = Clients::start(&source, scenario.workload, 0..size.clients, pause);
+    let alongside = scenario.alongside.iter().zip(size.clients..);
+    let alongside =
+        alongside.map(|(workload, number)| Clients::start(&source, *workload, number..number + 1, pause));
+    let clients: Vec<Clients> = std::iter::once(usual).chain(alongside).collect();
     cluster.crowd = Some(Crowd::new(source, size.clients));
 
     tokio::time::sleep(Duration::from_secs(size.calm)).await;
@@ -120,7 +124,10 @@ pub async fn run(
     if let Err(error) = cluster.settled_under_load(patience).await {
         recorder.fault("not_settled", Phase::Wrong, &format!("after {patience:?}: {error:#}"));
     }
-    clients.join().await;
+    clients.iter().for_each(Clients::stop);
+    for clients in clients {
+        clients.join().await;
+    }
     if let Some(crowd) = cluster.crowd.take() {
         crowd.join().await;
     }
@@ -345,18 +352,22 @@ fn usage_of(pid: u32) -> Option<(u64, u32)> {
 /// Asks every node about its groups, again and again.
 fn monitor(cluster: &Cluster, recorder: &Arc<Recorder>) -> JoinHandle<()> {
     let clients = cluster.clients();
-    let runs: Vec<_> = cluster.members.iter().map(|member| member.runs.clone()).collect();
+    let lives = cluster.members.iter().map(|member| (member.runs.clone(), member.lost_disks.clone()));
+    let lives: Vec<_> = lives.collect();
     let recorder = recorder.clone();
     tokio::spawn(async move {
         let mut latest: BTreeMap<(u64, u64), Sample> = BTreeMap::new();
         loop {
-            let ask = clients.iter().zip(&runs).map(|(client, runs)| async move {
+            let ask = clients.iter().zip(&lives).map(|(client, (runs, lost_disks))| async move {
                 // Counted before the question, so that an answer is never put to a later run.
-                let run = runs.load(Ordering::Relaxed);
+                let (run, disk) = (runs.load(Ordering::Relaxed), lost_disks.load(Ordering::Acquire));
                 let view = tokio::time::timeout(Duration::from_secs(1), shoal_tests::view::of(client)).await;
-                Some((run, view.ok()?.ok()?))
+                // Of one that lost its disk meanwhile nobody knows which one it spoke of.
+                let disk = Some(disk).filter(|disk| lost_disks.load(Ordering::Acquire) == *disk);
+                Some((run, disk, view.ok()?.ok()?))
             });
-            for (run, view) in futures::future::join_all(ask).await.into_iter().flatten() {
+            for (run, disk, view) in futures::future::join_all(ask).await.into_iter().flatten() {
+                let of = disk.map(|disk| Origin { name: view.node.name, disk });
                 for group in view.groups {
                     let sample = Sample {
                         node: view.node.id,
@@ -373,6 +384,7 @@ fn monitor(cluster: &Cluster, recorder: &Arc<Recorder>) -> JoinHandle<()> {
                         applied: group.applied,
                         last: group.last_index,
                         hash: group.state_sum.map(|sum| (sum.index, sum.sum)),
+                        of: of.clone(),
                     };
                     let key = (sample.node, sample.group);
                     if latest.get(&key) != Some(&sample) {

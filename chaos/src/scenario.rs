@@ -28,6 +28,9 @@ pub struct Scenario {
     pub promise: String,
     /// What clients do.
     pub workload: Workload,
+    /// What one more client each does all the time.
+    #[serde(default)]
+    pub alongside: Vec<Workload>,
     /// Who judges.
     pub checkers: Vec<String>,
     /// The faults, of which one at a time strikes.
@@ -295,6 +298,20 @@ mod tests {
                 let window = size.usage_window.unwrap_or(WINDOW_SECONDS);
                 assert!(lives > window, "{}: no process lives for {window} s", scenario.name);
                 assert!(scenario.checkers.iter().any(|checker| checker == "usage"), "{}", scenario.name);
+            }
+        }
+    }
+
+    #[test]
+    fn nodes_come_and_go_under_writers_and_a_searcher() {
+        let shipped = Scenario::shipped().expect("all are right");
+        for row in [23, 24, 26] {
+            let scenario = shipped.iter().find(|known| known.row == row).expect("it ships");
+            let does: Vec<Workload> =
+                std::iter::once(scenario.workload).chain(scenario.alongside.iter().copied()).collect();
+            for (workload, checker) in [(Workload::Set, "set"), (Workload::Visibility, "visibility")] {
+                assert!(does.contains(&workload), "row {row}: {does:?}");
+                assert!(scenario.checkers.iter().any(|known| known == checker), "row {row}: {checker}");
             }
         }
     }

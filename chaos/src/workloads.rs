@@ -79,7 +79,7 @@ impl Workload {
     }
 }
 
-/// What all clients of a run share.
+/// What all clients that were started together share.
 struct Shared {
     /// Set when they are to stop.
     stop: AtomicBool,
@@ -252,8 +252,11 @@ async fn set(caller: &mut Caller, own: &mut Own, shared: &Shared) {
         (Some(key), ..65) => Call::Write { key, uid: caller.new_uid() },
         (Some(key), ..80) => Call::Delete { key },
         (Some(key), _) => {
-            // Somebody else's point of about the same age.
-            let other = caller.coin().random_range(1..=shared.clients) * STRIDE + key % STRIDE;
+            // Somebody else's point of about the same age, or one's own where nobody else has such.
+            let other = match shared.clients {
+                1 => key,
+                clients => caller.coin().random_range(1..=clients) * STRIDE + key % STRIDE,
+            };
             Call::Read { key: other, level: Level::Linearizable }
         }
     };

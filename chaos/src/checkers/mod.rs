@@ -9,6 +9,7 @@
 //! | [`session`] | a client never goes back behind what it has seen |
 //! | [`batch`] | the parts of one request in one shard appear together |
 //! | [`raft`] | one leader a term, positions in order, replicas with equal state |
+//! | [`identity`] | an id belongs to one node and its one disk for ever |
 //! | [`overload`] | more than can be done does not keep from doing what can |
 //! | [`usage`] | memory and open files do not grow |
 //! | [`availability`] | how long writes stood still |
@@ -17,6 +18,7 @@
 pub mod availability;
 pub mod batch;
 pub mod coverage;
+pub mod identity;
 mod order;
 pub mod overload;
 pub mod raft;
@@ -131,7 +133,7 @@ pub(crate) fn describe(operation: &Operation) -> String {
 }
 
 /// The names of all checkers, as scenarios use them.
-pub const NAMES: [&str; 11] = [
+pub const NAMES: [&str; 12] = [
     "register-search",
     "register-versions",
     "set",
@@ -139,6 +141,7 @@ pub const NAMES: [&str; 11] = [
     "session",
     "batch",
     "raft",
+    "identity",
     "overload",
     "usage",
     "availability",
@@ -158,6 +161,7 @@ pub fn run(name: &str, history: &History, operations: &[Operation]) -> Result<Ve
         "session" => session::check(operations),
         "batch" => batch::check(operations),
         "raft" => raft::check(history),
+        "identity" => identity::check(history),
         "overload" => overload::check(history, operations),
         "usage" => usage::check(history),
         "availability" => availability::check(history, operations),

@@ -477,8 +477,11 @@ async fn drain(cluster: &mut Cluster, nodes: &[usize], are_wiped: bool) -> Resul
 
 /// Deletes all that a node which does not run has stored.
 fn wipe(cluster: &Cluster, at: usize) -> Result<()> {
-    let data = cluster.members[at].node.data_dir();
-    std::fs::remove_dir_all(&data).with_context(|| format!("wipe {}", data.display()))
+    let member = &cluster.members[at];
+    let data = member.node.data_dir();
+    std::fs::remove_dir_all(&data).with_context(|| format!("wipe {}", data.display()))?;
+    member.lost_disks.fetch_add(1, Ordering::Release);
+    Ok(())
 }
 
 async fn rolling_restart(cluster: &mut Cluster) -> Result<Injected> {
