@@ -4,6 +4,7 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::Bytes;
 use shoal_engine::store::ExportCursor;
@@ -37,7 +38,9 @@ impl StateMachine for Replica {
                 command: entry.command.map(|bytes| bytes.to_vec()),
             })
             .collect();
+        let started = Instant::now();
         let outcomes = guarded(|| self.0.apply(entries))?;
+        metrics::histogram!("shoal_apply_seconds").record(started.elapsed());
         Ok(outcomes.into_iter().map(Bytes::from).collect())
     }
 

@@ -50,6 +50,11 @@ fn describe() {
     describe_counter!("document_operations_total", "Document operations by outcome");
     describe_histogram!("shoal_raft_log_sync_seconds", Unit::Seconds, "Time of one durable log write");
     describe_histogram!("shoal_raft_log_batch_operations", "Operations in one durable log write");
+    describe_histogram!(
+        "shoal_apply_seconds",
+        Unit::Seconds,
+        "Time of applying the committed entries that a shard takes at once"
+    );
     describe_gauge!("shoal_raft_log_bytes", Unit::Bytes, "Bytes that the log uses");
     describe_counter!("shoal_raft_snapshots_installed_total", "Snapshots taken in from a leader");
     describe_counter!(
