@@ -85,3 +85,46 @@ pub(crate) fn staged_parts(key: &[u8]) -> Option<(DocumentId, u64, u32)> {
     let (chunk, rest) = rest.split_first_chunk::<4>()?;
     rest.is_empty().then(|| (DocumentId(*document), u64::from_be_bytes(*version), u32::from_be_bytes(*chunk)))
 }
+
+#[cfg(test)]
+mod tests {
+    use shoal_proto::codec;
+
+    use super::*;
+    use crate::command::Outcome;
+    use crate::state::PointRecord;
+
+    #[test]
+    fn keys_stay_as_they_are() {
+        let number = [&[b'I'][..], &[0; 9], &[0, 0, 0, 0, 0, 0, 1, 2]].concat();
+        assert_eq!(id(PointId::Num(258)), number);
+        let uuid: PointId = "07070707-0707-0707-0707-070707070707".parse().expect("a UUID");
+        assert_eq!(id(uuid), [&[b'I', 1][..], &[7; 16]].concat());
+        assert_eq!(point(258), [b'P', 0, 0, 1, 2]);
+        assert_eq!(vector(258, "v"), [b'V', 0, 0, 1, 2, b'v']);
+        assert_eq!(request(258), [b'R', 0, 0, 0, 0, 0, 0, 1, 2]);
+        let of = |kind: u8, bytes: [u8; 16]| [&[kind][..], &bytes].concat();
+        assert_eq!(partial(RequestId([3; 16])), of(b'W', [3; 16]));
+        assert_eq!(partial_by_shard(RequestId([3; 16])), of(b'Q', [3; 16]));
+        let of_document = DocumentId([5; 16]);
+        assert_eq!(file(of_document), of(b'F', [5; 16]));
+        assert_eq!(document(of_document), of(b'D', [5; 16]));
+        let chunk = [&of(b'S', [5; 16])[..], &[0, 0, 0, 0, 0, 0, 0, 2], &[0, 0, 0, 9]].concat();
+        assert_eq!(staged(of_document, Some(2), Some(9)), chunk);
+        assert_eq!(staged_parts(&chunk), Some((of_document, 2, 9)));
+        let names = ["Mtag", "Mnext_slot", "Mindexes", "Mbase", "Mfrozen", "Madoption"];
+        assert_eq!([TAG, NEXT_SLOT, INDEXES, BASE, FROZEN, ADOPTION], names.map(str::as_bytes));
+    }
+
+    #[test]
+    fn what_stands_under_them_stays_as_it_is() {
+        let record = PointRecord { id: PointId::Num(7), version: 3, payload: "{}".into() };
+        let bytes = [1, 0, 7, 3, 2, b'{', b'}'];
+        assert_eq!(codec::encode(&record), bytes);
+        assert_eq!(codec::decode::<PointRecord>(&bytes).expect("readable"), record);
+        let answered = (RequestId([3; 16]), Outcome::Done(4));
+        let bytes = [&[1][..], &[3; 16], &[0, 4]].concat();
+        assert_eq!(codec::encode(&answered), bytes);
+        assert_eq!(codec::decode::<(RequestId, Outcome)>(&bytes).expect("readable"), answered);
+    }
+}

@@ -704,6 +704,19 @@ mod tests {
     }
 
     #[test]
+    fn records_stay_as_they_are() {
+        let plain = [1, 255, 80, 222, 37, b'v', b'a', b'l', b'u', b'e'];
+        assert_eq!(seal(PLAIN, b"k1", b"value"), plain);
+        assert_eq!(unseal(b"k1", &plain).expect("whole"), (PLAIN, &b"value"[..]));
+        let parted = [2, 52, 126, 101, 99, 2, 0, 0, 0];
+        assert_eq!(seal(PARTED, b"k1", &2u32.to_le_bytes()), parted);
+        assert!(matches!(unparted(b"k1", &parted).expect("whole"), Stored::Parts(2)));
+        let keys = [vec![255, b'k', b'1', 0, 0, 0, 0], vec![255, b'k', b'1', 0, 0, 0, 1]];
+        assert_eq!(part_keys(b"k1", &parted), keys);
+        assert_eq!(part_of(&keys[1]), Some((&b"k1"[..], 1)));
+    }
+
+    #[test]
     fn large_values_are_parted_and_leave_nothing_behind() {
         let dir = tempfile::tempdir().expect("a directory");
         let store = Store::open(dir.path()).expect("opens");

@@ -308,6 +308,8 @@ mod tests {
         let before = index.search("quick dog", 10, all.clone()).expect("searches");
         index.commit(9, &text_of).expect("commits");
         assert_eq!((index.waiting(), index.committed().expect("readable")), (0, 9));
+        let payload = index.index.load_metas().expect("readable").payload;
+        assert_eq!(payload.as_deref(), Some("9"), "how far it has come stays written like that");
         let after = index.search("quick dog", 10, all).expect("searches");
         let slots = |hits: &[Scored]| hits.iter().map(|hit| hit.slot).collect::<Vec<_>>();
         assert_eq!(slots(&before), slots(&after));

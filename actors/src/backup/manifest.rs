@@ -193,4 +193,50 @@ mod tests {
         assert_eq!(serde_json::from_str::<Manifest>(&text).expect("readable"), manifest);
         assert_eq!(manifest.objects().count(), 2);
     }
+
+    /// Backups outlive builds.
+    #[test]
+    fn what_a_backup_says_stays_as_it_is() {
+        let manifest = r#"{
+            "collections": [{
+                "name": "docs",
+                "config": {
+                    "vectors": {}, "text_fields": [], "payload_indexes": {}, "embedder": null,
+                    "chunker": null, "attributes_json": ""
+                },
+                "replication_factor": 3,
+                "created_at": 1,
+                "shards": [{
+                    "shard": 3, "index": 9, "points": 1, "documents": 0, "files": 1,
+                    "pieces": [{
+                        "hash": "HASH", "bytes": 5
+                    }],
+                    "blobs": [{
+                        "document": "file-01010101010101010101010101010101",
+                        "hash": "HASH", "bytes": 5
+                    }]
+                }]
+            }],
+            "aliases": {"d": "docs"}
+        }"#;
+        let head = r#"{
+            "format": 1, "id": "20261122T120000Z-0001", "created_at": 1, "cluster_id": "c", "is_full": true,
+            "version": "0.1.0",
+            "manifest": {
+                "hash": "HASH", "bytes": 5
+            },
+            "collections": [{"name": "docs", "points": 1, "documents": 0, "files": 1}],
+            "bytes": 10, "new_bytes": 5
+        }"#;
+        let of_hash = |text: &str| text.replace("HASH", &"07".repeat(32));
+        let parsed = |text: &str| serde_json::from_str::<serde_json::Value>(text).expect("JSON");
+        let (manifest, head) = (of_hash(manifest), of_hash(head));
+        let read: Manifest = serde_json::from_str(&manifest).expect("readable");
+        assert_eq!(read.objects().count(), 2);
+        assert_eq!(read.collections[0].shards[0].blobs[0].document, DocumentId([1; 16]));
+        assert_eq!(serde_json::to_value(&read).expect("writable"), parsed(&manifest));
+        let read: Head = serde_json::from_str(&head).expect("readable");
+        assert_eq!((read.format, read.manifest.hash), (FORMAT, BlobHash([7; 32])));
+        assert_eq!(serde_json::to_value(&read).expect("writable"), parsed(&head));
+    }
 }

@@ -217,3 +217,47 @@ pub(super) fn damaged(what: &str) -> io::Error {
                   restore a backup";
     io::Error::new(io::ErrorKind::InvalidData, format!("the Raft log is damaged ({what}): {advice}"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The two places of `synced` after batches 2 and 3.
+    const SYNCED: [u8; 24] =
+        [2, 0, 0, 0, 0, 0, 0, 0, 20, 216, 7, 39, 3, 0, 0, 0, 0, 0, 0, 0, 138, 216, 173, 235];
+    const MOVED: &str = "0000000000000001.rewrite";
+
+    /// `rewritten` when that file of moved entries holds the word "moved" and nothing else.
+    fn rewritten() -> Vec<u8> {
+        let (sum, of_file) = ([209, 33, 204, 212], [245, 141, 236, 198]);
+        [&sum[..], &[1, 1, 24], MOVED.as_bytes(), &[5, 252], &of_file].concat()
+    }
+
+    #[test]
+    fn marks_stay_as_they_are() {
+        let dir = tempfile::tempdir().expect("a directory");
+        std::fs::write(dir.path().join(MOVED), b"moved").expect("written");
+        let mut mark = Mark::open(dir.path()).expect("nothing is marked yet");
+        for sequence in [1, 2, 3] {
+            mark.note(sequence).expect("noted");
+        }
+        mark.note_rewritten().expect("noted");
+        assert_eq!(std::fs::read(dir.path().join("synced")).expect("there"), SYNCED);
+        assert_eq!(std::fs::read(dir.path().join("rewritten")).expect("there"), rewritten());
+    }
+
+    #[test]
+    fn marks_of_an_earlier_build_are_read() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let write = |name: &str, bytes: &[u8]| std::fs::write(dir.path().join(name), bytes).expect("written");
+        write("synced", &SYNCED);
+        write("rewritten", &rewritten());
+        write(MOVED, b"moved, and more since");
+        assert_eq!(Mark::open(dir.path()).expect("as it was").sequence(), 3);
+        write(MOVED, b"moves, and more since");
+        assert!(Mark::open(dir.path()).is_err(), "a moved entry is not what it was");
+        write(MOVED, b"moved");
+        write("synced", &SYNCED[..12]);
+        assert_eq!(Mark::open(dir.path()).expect("the first place").sequence(), 2);
+    }
+}

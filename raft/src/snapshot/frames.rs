@@ -118,6 +118,16 @@ mod tests {
     use super::*;
 
     #[test]
+    fn frames_stay_as_they_are() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let mut frames = FrameFile::create(dir.path()).expect("created");
+        frames.write(b"piece").expect("written");
+        let file = frames.finish().expect("finished");
+        let piece = [5, 0, 0, 0, 35, 11, 202, 68, b'p', b'i', b'e', b'c', b'e'];
+        assert_eq!(std::fs::read(&file.0).expect("readable"), [&piece[..], &[0; 8]].concat());
+    }
+
+    #[test]
     fn what_is_cut_off_or_flipped_is_torn() {
         let dir = tempfile::tempdir().expect("a directory");
         let mut frames = FrameFile::create(dir.path()).expect("created");

@@ -194,6 +194,7 @@ fn is_stale(path: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::types::{LogIdOf, StoredMembershipOf};
 
     #[test]
     fn both_forms_of_a_header_are_told_apart() {
@@ -207,5 +208,39 @@ mod tests {
             assert_eq!((read.meta, read.resumed), (header.meta, header.resumed));
         }
         assert!(Header::read(&[]).is_err());
+    }
+
+    /// Nodes of different builds send each other snapshots in the middle of an upgrade, and what has come of
+    /// one outlives it on the disk.
+    #[test]
+    fn what_travels_stays_as_it_is() {
+        let vote = VoteOf::<TypeConfig>::new_committed(3, NodeId(2));
+        let members = (1..=2).map(NodeId);
+        let membership = openraft::Membership::new_with_defaults(vec![members.clone().collect()], members);
+        let log_id = |index| Some(LogIdOf::<TypeConfig>::new_term_index(3, index));
+        let meta = SnapshotMetaOf::<TypeConfig> {
+            last_log_id: log_id(9),
+            last_membership: StoredMembershipOf::<TypeConfig>::new(log_id(4), membership),
+        };
+        let id = SnapshotId { digest: [7; 32], pieces: 9, bytes: 1 << 30 };
+        let vote_bytes = [3, 1, 2, 1];
+        // The end, the membership with where it stands, and an empty name from openraft's earlier versions.
+        let meta_bytes = [1, 3, 9, 1, 3, 4, 1, 2, 1, 2, 2, 1, 2, 0];
+        let id_bytes = [&[7; 32][..], &[9, 252, 0, 0, 0, 64]].concat();
+        let offer = Offer { vote, meta: meta.clone(), id };
+        let offer_bytes = [&[1][..], &vote_bytes, &meta_bytes, &id_bytes].concat();
+        assert_eq!(codec::encode(&offer), offer_bytes);
+        let read: Offer = codec::decode(&offer_bytes).expect("readable");
+        assert_eq!((read.vote, read.meta, read.id), (vote, meta.clone(), id));
+        let whole = [&[1, 4, 1][..], &vote_bytes, &meta_bytes].concat();
+        let resumed = [&whole[..], &id_bytes, &[5]].concat();
+        for (from, bytes) in [(None, whole), (Some((id, 5)), resumed)] {
+            let (group, target) = (GroupId(4), NodeId(1));
+            let header = Header { group, target, vote, meta: meta.clone(), resumed: from };
+            assert_eq!(header.write(), bytes);
+            let read = Header::read(&bytes).expect("readable");
+            assert_eq!((read.group, read.target, read.vote), (group, target, vote));
+            assert_eq!((read.meta, read.resumed), (meta.clone(), from));
+        }
     }
 }
