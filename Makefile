@@ -9,7 +9,7 @@ SCHEMAS := $(TARGET)/python-kubernetes
 # The commit that upgrades begin with; deploy/old-build.sh chooses one when it is empty.
 OLD ?=
 
-.PHONY: run test manifests bench chaos chaos-ci chaos-all chaos-docker chaos-planted upgrade-test \
+.PHONY: run test manifests bench fixture chaos chaos-ci chaos-all chaos-docker chaos-planted upgrade-test \
 	chaos-tools build model setup lint doc fmt
 
 ## A cluster of NODES nodes on this machine, a corpus ingested (DOCS, or a sample), one search answered. Ctrl-C stops it.
@@ -67,6 +67,11 @@ upgrade-test: chaos-tools build model
 	SHOAL_OLD_BIN=$(abspath $(TARGET))/release/shoal-old \
 		cargo test --release --workspace --test upgrade -- --nocapture
 	$(TARGET)/release/chaos run upgrade --old-bin $(TARGET)/release/shoal-old --out $(TARGET)/chaos/upgrade
+
+## Packs what a node of this build stores into tests/testdata/saved-NAME.tar.gz, for later builds to be tested with: to be
+## committed when a format has changed. NAME=2026-11-22, so that they sort by age.
+fixture: build
+	SHOAL_FIXTURE=$(NAME) cargo test --release --workspace --test saved -- --ignored --nocapture
 
 ## The numbers in README. Nothing is asserted; JSON goes to bench.json.
 bench: build model
