@@ -26,6 +26,7 @@ pub mod binary;
 pub mod cli;
 pub mod client;
 pub mod cluster;
+pub mod component;
 pub mod container;
 pub mod documents;
 pub mod http;
@@ -48,6 +49,7 @@ pub mod writers;
 
 pub use client::{Client, Request};
 pub use cluster::Cluster;
+pub use component::Component;
 pub use container::Container;
 pub use documents::{Store, models};
 pub use http::{NotConnected, Reply};

@@ -23,6 +23,7 @@ use tokio::sync::MutexGuard;
 
 use crate::client::Client;
 use crate::cluster::ALONE;
+use crate::component::Component;
 use crate::manifest::{Manifest, PodManagement, Retention, paced};
 use crate::node::Node;
 use crate::pod::{Pod, Stopped};
@@ -45,6 +46,8 @@ pub struct StatefulSet {
     /// By ordinal: also those that do not exist any more, because their volumes may.
     pods: Vec<Pod>,
     service: Service,
+    /// What every node is told besides.
+    env: Vec<(String, String)>,
     models: PathBuf,
     dir: TempDir,
     is_finished: bool,
@@ -57,8 +60,16 @@ impl StatefulSet {
     /// # Errors
     /// When the manifest cannot be read, or no port is free.
     pub async fn new() -> Result<StatefulSet> {
+        StatefulSet::with(&Component::default()).await
+    }
+
+    /// The set of the manifest with a component, before it is applied.
+    ///
+    /// # Errors
+    /// When the manifest cannot be read, or no port is free.
+    pub async fn with(component: &Component) -> Result<StatefulSet> {
         let alone = ALONE.lock().await;
-        let manifest = Arc::new(Manifest::read()?);
+        let manifest = Arc::new(component.change(Manifest::read()?));
         let dir = tempfile::Builder::new().prefix("shoal-test-").tempdir()?;
         let models = dir.path().join("no-models");
         std::fs::create_dir_all(&models)?;
@@ -68,6 +79,7 @@ impl StatefulSet {
             replicas: 0,
             pods: Vec::new(),
             service: Service::open().await?,
+            env: component.settings.clone(),
             models,
             dir,
             is_finished: false,
@@ -128,8 +140,8 @@ impl StatefulSet {
             let name = format!("{}-{}", self.manifest.name, self.pods.len());
             // The simulated machines have no zone, of which Kubernetes makes an empty value.
             let zone = self.manifest.zone_settings.iter().map(|setting| (setting.clone(), String::new()));
-            let zone: Vec<(String, String)> = zone.collect();
-            let node = Node::new(&name, &self.dir.path().join(&name), &self.models, &zone)?;
+            let env: Vec<(String, String)> = self.env.iter().cloned().chain(zone).collect();
+            let node = Node::new(&name, &self.dir.path().join(&name), &self.models, &env)?;
             self.pods.push(Pod::new(node, self.manifest.clone(), self.service.clone()));
         }
         for ordinal in 0..replicas {

@@ -12,8 +12,8 @@ use shoal_tests::manifest::{Retention, paced};
 use shoal_tests::view::View;
 use shoal_tests::writers::verify;
 use shoal_tests::{
-    Freshness, PodManagement, Points, Request, Searcher, StatefulSet, Stopped, Writers, Written, cli, point,
-    say, wait_until,
+    Component, Freshness, PodManagement, Points, Request, Searcher, StatefulSet, Stopped, Writers, Written,
+    cli, point, say, wait_until,
 };
 
 /// The collection that is written and searched.
@@ -119,6 +119,18 @@ async fn members(set: &StatefulSet) -> Result<BTreeMap<String, u64>> {
 
 fn replicas_of(view: &View, node: u64) -> usize {
     view.shards.iter().filter(|shard| shard.replicas.contains(&node)).count()
+}
+
+/// Waits until every node is to hold some replicas.
+async fn all_hold_something(set: &StatefulSet, members: &BTreeMap<String, u64>) -> Result<()> {
+    wait_until(CHANGE_DEADLINE, "every pod to have its share", || async {
+        let view = set.pod(0).view().await?;
+        let idle: Vec<&String> =
+            members.iter().filter(|(_, id)| replicas_of(&view, **id) == 0).map(|(name, _)| name).collect();
+        ensure!(idle.is_empty(), "{idle:?} hold nothing");
+        Ok(Some(()))
+    })
+    .await
 }
 
 /// Checks that so many pods were stopped, and that each had ended by itself before it would have been killed.
@@ -259,15 +271,7 @@ async fn grow_and_shrink(set: &mut StatefulSet, load: &mut Load) -> Result<()> {
     for name in leaving {
         ensure!(more[name] > newest, "{name} has the id {} after {newest} was given out", more[name]);
     }
-    let first = set.pod(0);
-    wait_until(CHANGE_DEADLINE, "every pod to have its share", || async {
-        let view = first.view().await?;
-        let idle: Vec<&String> =
-            more.iter().filter(|(_, id)| replicas_of(&view, **id) == 0).map(|(name, _)| name).collect();
-        ensure!(idle.is_empty(), "{idle:?} hold nothing");
-        Ok(Some(()))
-    })
-    .await?;
+    all_hold_something(set, &more).await?;
     set.settled().await?;
 
     for name in leaving {
@@ -329,6 +333,41 @@ async fn a_stopped_set_comes_back_only_together() -> Result<()> {
     check_restarts(&set)?;
     let written = writers.stop().await?;
     written.report("all pods stopped at once and came back");
+    check_everywhere(&set, &written.points).await?;
+    set.finish().await
+}
+
+/// With the component `drain-on-stop` the set is made smaller by its number alone: both pods that go move all
+/// that they have to the others, at the same time and in their grace period. They come back as who they were.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_set_whose_pods_drain_is_scaled_by_its_number_alone() -> Result<()> {
+    let mut set = StatefulSet::with(&Component::read("drain-on-stop")?).await?;
+    set.apply(set.manifest().pod_management).await?;
+    let few = set.replicas();
+    let client = set.client();
+    Points::of(&client, COLLECTION).create(SHARDS, REPLICAS).await?;
+    set.settled().await?;
+    let writers = Writers::through(&client, COLLECTION, WRITERS);
+    writers.progress(100).await?;
+    set.scale(few + 2).await?;
+    let more = members(&set).await?;
+    all_hold_something(&set, &more).await?;
+    set.settled().await?;
+
+    check_stops(&set.scale(few).await?, 2)?;
+    let view = set.pod(0).view().await?;
+    for name in ["shoal-3", "shoal-4"] {
+        let held = replicas_of(&view, more[name]);
+        ensure!(held == 0, "{name} has gone and is to hold {held} replicas");
+    }
+    writers.progress(100).await?;
+    set.scale(few + 2).await?;
+    let after = members(&set).await?;
+    ensure!(after == more, "the nodes were {more:?} and are {after:?}");
+    all_hold_something(&set, &after).await?;
+    writers.progress(100).await?;
+    let written = writers.stop().await?;
+    written.report("scaled to five, to three and to five");
     check_everywhere(&set, &written.points).await?;
     set.finish().await
 }
