@@ -6,8 +6,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use shoal_proto::{Error, ErrorCode, GroupId, NodeId, ShardId};
-use shoal_raft::cluster::{ClusterState, Command, Drain, Response};
+use shoal_proto::{Error, ErrorCode, GroupId, NodeId, RequestId, ShardId};
+use shoal_raft::cluster::{ClusterState, Command, Drain, Response, Restore};
 
 use super::plan::{Load, Plan, is_member, is_out_of_reach, keeps_from_leaving, needs};
 use super::report::{self, NodeReport};
@@ -106,7 +106,7 @@ impl Cluster {
 
     /// Takes a node out of the cluster for good: one that is drained, or gone and every shard has a leader
     /// without it. With `force` also one that lives, or that a shard waits for; never one that a shard would
-    /// be lost with.
+    /// be lost with. Restores that it is at end with it, so that what they have made so far does not count.
     ///
     /// # Errors
     /// Not found; conflict, with what speaks against it.
@@ -131,11 +131,16 @@ impl Cluster {
             if reports.contains_key(&node) && !is_drained() {
                 return conflict(format!("node {node} lives and is not drained: drain it first"));
             }
-            if let Some(shard) = needs(&state, &load, node) {
+            if let Some(shard) = needs(&without_restores_of(&state, node), &load, node) {
                 return conflict(format!(
                     "shard {shard} cannot do without node {node} now: wait, start it, or use force"
                 ));
             }
+        }
+        // Nobody else would end them, and of what they have made the node may hold the only replica.
+        let ids = restores_of(&state, node).map(|(_, restore)| restore.id);
+        for restore in ids.collect::<BTreeSet<RequestId>>() {
+            self.control(Command::AbortRestore { restore }, deadline).await?;
         }
         match self.control(Command::RemoveNode { node }, deadline).await? {
             Response::Absent => Err(Error::not_found(format!("node {node} is not a member"))),
@@ -253,6 +258,21 @@ impl Cluster {
     }
 }
 
+/// The restores that a node is at, with the collections that they have made.
+fn restores_of(state: &ClusterState, node: NodeId) -> impl Iterator<Item = (&String, &Restore)> {
+    state.restoring.iter().filter(move |(_, restore)| restore.node == node)
+}
+
+/// The state without what a node is restoring, which nobody sees.
+fn without_restores_of(state: &ClusterState, node: NodeId) -> ClusterState {
+    let mut rest = state.clone();
+    let hidden = restores_of(state, node).filter_map(|(name, _)| state.collections.get(name));
+    for shard in hidden.flat_map(|collection| &collection.shards) {
+        rest.shards.remove(shard);
+    }
+    rest
+}
+
 /// What the planner sees when nobody's silence is old.
 fn now(state: &ClusterState, reports: &BTreeMap<NodeId, NodeReport>) -> Load {
     report::load(state, reports, |_| Duration::ZERO)
@@ -300,4 +320,46 @@ pub fn leaving(state: &ClusterState, reports: &BTreeMap<NodeId, NodeReport>, nod
 
 fn no_shard(shard: ShardId) -> Error {
     Error::not_found(format!("shard {shard} does not exist"))
+}
+
+#[cfg(test)]
+mod tests {
+    use shoal_proto::{CollectionConfig, Distance, VectorParams};
+    use shoal_raft::cluster::Addresses;
+
+    use super::*;
+
+    #[test]
+    fn what_a_dead_node_was_restoring_does_not_keep_it_in_the_cluster() {
+        let mut state = ClusterState::default();
+        for name in ["n1", "n2"] {
+            state.apply(Command::AddNode {
+                name: name.to_owned(),
+                incarnation: name.to_owned(),
+                addresses: Addresses::default(),
+                zone: String::new(),
+            });
+        }
+        let dead = find_node(&state, "n1").expect("a member");
+        let mut config = CollectionConfig::default();
+        config.vectors.insert(String::new(), VectorParams::new(4, Distance::Cosine));
+        let restore = RequestId([1; 16]);
+        let begun = state.apply(Command::BeginRestore {
+            restore,
+            node: dead,
+            name: "half".to_owned(),
+            config,
+            shard_count: Some(2),
+            replication_factor: 1,
+            created_at: 0,
+        });
+        assert!(!matches!(begun, Response::Rejected(_)), "{begun:?}");
+        // Nobody has heard of any shard's leader.
+        assert!(needs(&state, &Load::default(), dead).is_some());
+        assert_eq!(needs(&without_restores_of(&state, dead), &Load::default(), dead), None);
+        let remove = Command::RemoveNode { node: dead };
+        assert!(matches!(state.apply(remove.clone()), Response::Rejected(_)), "it holds only replicas");
+        assert_eq!(state.apply(Command::AbortRestore { restore }), Response::Done);
+        assert_eq!(state.apply(remove), Response::Done);
+    }
 }
