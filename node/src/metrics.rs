@@ -102,6 +102,16 @@ fn describe() {
     );
     describe_counter!("shoal_remote_work_total", "Work of this node that another node's idle workers did");
     describe_gauge!("shoal_nodes", "Members of the cluster");
+    describe_counter!("shoal_backup_jobs_total", "Backups made, verified, restored, deleted, by outcome");
+    describe_gauge!(
+        "shoal_backup_last_success_timestamp_seconds",
+        Unit::Seconds,
+        "When the latest backup of everything was made, in Unix time; 0 when none is known"
+    );
+    describe_gauge!(
+        "shoal_backup_missing_files",
+        "Files that the latest backup of everything lacks the bytes of, because no replica had them"
+    );
     describe_gauge!(
         "shoal_tls_certificate_expires_timestamp_seconds",
         Unit::Seconds,
@@ -156,6 +166,8 @@ fn describe() {
         "shoal_points",
         "shoal_pending_vectors",
         "shoal_nodes",
+        "shoal_backup_last_success_timestamp_seconds",
+        "shoal_backup_missing_files",
         "shoal_tls_certificate_expires_timestamp_seconds",
     ] {
         gauge!(empty).set(0.0);

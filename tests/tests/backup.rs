@@ -324,6 +324,70 @@ async fn a_damaged_backup_is_found_out_and_nothing_of_it_is_shown() -> Result<()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_file_without_bytes_is_named_and_all_the_rest_is_kept() -> Result<()> {
+    let kept = tempfile::tempdir()?;
+    let target = kept.path().to_str().context("text")?;
+    let mut source = Cluster::of(1).env("SHOAL_BACKUP_TARGET", target).start().await?;
+    let any = source.any();
+    let points = Points::of(&any, "c");
+    points.create(2, 1).await?;
+    points.upsert(&(0..500).map(|id| point(id, json!({"n": id}))).collect::<Vec<_>>()).await?;
+    let mut files = Vec::new();
+    for number in 0..3 {
+        files.push(documents::upload(&any, &format!("{number}.bin"), &file_bytes(number), None).await?);
+    }
+    let (whole, _) = create(&source, &[]).await?;
+    let age = any.metric("shoal_backup_last_success_timestamp_seconds").await?;
+    ensure!(age > 0.0, "nobody knows of the backup that was just made");
+
+    // The bytes of one file are gone, also from the target, where an earlier backup had brought them.
+    let lost = &files[1];
+    let hash = blake3::hash(&file_bytes(1)).to_hex();
+    backup(&source, &["delete", &whole]).await?;
+    let blobs = documents::blob_files(&source.node(0).data_dir())?;
+    let blob = blobs.iter().find(|path| path.ends_with(hash.as_str())).context("no bytes of the file")?;
+    std::fs::remove_file(blob)?;
+
+    let said = backup(&source, &["create"]).await.expect_err("a file is not in it");
+    let said = format!("{said:#}");
+    ensure!(said.contains("exit status: 3") && said.contains(lost), "{said}");
+    let listed = backup(&source, &["list"]).await?;
+    ensure!(listed.contains("everything but 1 files"), "{listed}");
+    let heads = any.json(&Request::get("/admin/backups")).await?;
+    let head = &heads["backups"][0];
+    ensure!(head["missing_files"] == 1 && head["missing"][0]["document"] == json!(lost), "{head}");
+    let id = head["id"].as_str().context("no id")?.to_owned();
+    let verified = backup(&source, &["verify", &id]).await.expect_err("a file is not in it");
+    ensure!(format!("{verified:#}").contains("exit status: 3"), "{verified:#}");
+    ensure!(any.metric("shoal_backup_missing_files").await? == 1.0, "the metric does not tell");
+    // A node that starts again knows it from the target.
+    source.node_mut(0).kill()?;
+    source.restart(0).await?;
+    wait_until(Duration::from_secs(20), "the age of the backup to be known again", || async {
+        let client = source.client(0);
+        let age = client.metric("shoal_backup_last_success_timestamp_seconds").await?;
+        Ok((age > 0.0 && client.metric("shoal_backup_missing_files").await? == 1.0).then_some(()))
+    })
+    .await?;
+    source.finish()?;
+
+    let cluster = Cluster::of(1).env("SHOAL_BACKUP_TARGET", target).start().await?;
+    let restored = backup(&cluster, &["restore", &id]).await?;
+    ensure!(restored.contains(lost), "{restored}");
+    let any = cluster.any();
+    ensure!(Points::of(&any, "c").count(None).await? == 500, "points are missing");
+    for (number, file) in (0..).zip(&files) {
+        let reply = any.send(&Request::get(format!("/v1/files/{file}/content"))).await?;
+        if file == lost {
+            ensure!(reply.status == 404, "{} {}", reply.status, reply.text());
+        } else {
+            ensure!(reply.body == file_bytes(number), "file {file} is not what it was");
+        }
+    }
+    cluster.finish()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_that_dies_in_a_restore_leaves_nothing() -> Result<()> {
     let kept = tempfile::tempdir()?;
     let target = kept.path().to_str().context("text")?;

@@ -242,6 +242,7 @@ mod tests {
             // One piece stands there twice, as it may.
             pieces: vec![one, put(b"another".to_vec()).await, one],
             blobs: vec![Blob { document: DocumentId([1; 16]), object: file }],
+            missing: Vec::new(),
         };
         let collection = CollectionCopy {
             name: "c".into(),
@@ -263,6 +264,8 @@ mod tests {
             collections: manifest.summaries(),
             bytes: 0,
             new_bytes: 0,
+            missing_files: 0,
+            missing: Vec::new(),
         };
         let snapshot = Snapshot {
             format: FORMAT,

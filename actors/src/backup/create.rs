@@ -1,4 +1,8 @@
 //! Making a backup.
+//!
+//! A file whose bytes no replica has any more does not keep everything else from being backed up: the backup
+//! is made without them, and says so in its head, for whoever made it, lists it or verifies it. That is told
+//! from a file that was deleted meanwhile by another cut: what that names and nobody has is missing.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -13,9 +17,9 @@ use shoal_raft::ReceivedFile;
 use shoal_raft::cluster::ClusterState;
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::Backups;
 use super::manifest::{Blob, CollectionCopy, FORMAT, Head, Manifest, Object, ShardCopy};
 use super::target::{AT_ONCE, LARGE_AT_ONCE, Lock, Target};
+use super::{Backups, age};
 use crate::cluster::{ReadOptions, unix_now};
 use crate::{FILES_COLLECTION, blobs};
 
@@ -27,6 +31,8 @@ const FETCH_TIMEOUT: Duration = Duration::from_secs(1200);
 const CUT_TIMEOUT: Duration = Duration::from_secs(3600);
 /// So many times a shard is cut anew because a file was deleted before its bytes were read.
 const MAX_CUTS: usize = 5;
+/// The pause before the next cut: a node that was just not reached may have the bytes.
+const CUT_PAUSE: Duration = Duration::from_secs(2);
 /// The pause before no replica that has everything is looked for again.
 const LOOK_PAUSE: Duration = Duration::from_millis(200);
 
@@ -45,6 +51,13 @@ impl Backups {
         if let Err(error) = lock.check().await {
             target.forget(id).await?;
             return Err(error);
+        }
+        if let Some(lost) = head.missing.first() {
+            let (count, first) = (head.missing_files, lost.document.to_string());
+            tracing::warn!(backup = id, count, first, "no replica has the bytes of some files");
+        }
+        if head.is_full {
+            age::tell(&head);
         }
         Ok(())
     }
@@ -74,6 +87,7 @@ impl Backups {
         let text = serde_json::to_vec(&manifest).map_err(Error::internal)?;
         let (object, _) = target.put(text.into()).await?;
         let named: BTreeMap<_, _> = manifest.objects().map(|object| (object.hash, object.bytes)).collect();
+        let (missing_files, missing) = manifest.missing();
         Ok(Head {
             format: FORMAT,
             id: id.to_owned(),
@@ -85,6 +99,8 @@ impl Backups {
             collections: manifest.summaries(),
             bytes: named.values().sum(),
             new_bytes: self.job().map_or(0, |job| job.bytes_new),
+            missing_files,
+            missing,
         })
     }
 
@@ -140,6 +156,7 @@ impl Backups {
 
     async fn shard(&self, target: &Target, shard: ShardId) -> Result<ShardCopy, Error> {
         let mut damaged = BTreeSet::new();
+        let mut suspected = BTreeSet::new();
         let mut reason = Error::internal("it was not tried");
         for _ in 0..MAX_CUTS {
             let (node, index, file) = self.cut(shard, &damaged).await?;
@@ -152,18 +169,20 @@ impl Backups {
                     continue;
                 }
             };
-            match self.bytes_of_files(target, &contents).await? {
-                Ok(blobs) => {
-                    let Contents { points, documents, files, .. } = contents;
-                    return Ok(ShardCopy { shard, index, points, documents, files, pieces, blobs });
-                }
-                // Who deletes a file deletes its bytes as well, perhaps before they were read: then the
-                // next cut does not name it any more.
-                Err(error) => {
-                    tracing::info!(shard = shard.0, %error, "a shard is cut anew");
-                    reason = error;
-                }
+            let brought = self.bytes_of_files(target, &contents).await?;
+            // Who deletes a file deletes its bytes as well, perhaps before they were read: then the next
+            // cut does not name it any more. What it still names is missing.
+            if brought.missing.is_subset(&suspected) {
+                let Contents { points, documents, files, .. } = contents;
+                let (blobs, missing) = (brought.kept, brought.missing.into_iter().collect());
+                return Ok(ShardCopy { shard, index, points, documents, files, pieces, blobs, missing });
             }
+            suspected = brought.missing;
+            if let Some(error) = brought.reason {
+                tracing::info!(shard = shard.0, %error, "a shard is cut anew");
+                reason = error;
+            }
+            tokio::time::sleep(CUT_PAUSE).await;
         }
         Err(reason)
     }
@@ -239,31 +258,47 @@ impl Backups {
         Ok(object)
     }
 
-    /// Brings the bytes of files to the target. The inner error says that some are not to be had.
-    async fn bytes_of_files(
-        &self,
-        target: &Target,
-        contents: &Contents,
-    ) -> Result<Result<Vec<Blob>, Error>, Error> {
+    /// Brings the bytes of files to the target, as far as they are to be had.
+    async fn bytes_of_files(&self, target: &Target, contents: &Contents) -> Result<Brought, Error> {
         let kept = contents.blobs.iter().map(|(document, hash, bytes)| async move {
-            let object = Object { hash: *hash, bytes: *bytes };
-            if target.has(&object).await? {
-                self.note(|job| job.bytes_done += object.bytes);
+            let blob = Blob { document: *document, object: Object { hash: *hash, bytes: *bytes } };
+            if target.has(&blob.object).await? {
+                self.note(|job| job.bytes_done += blob.object.bytes);
             } else {
                 let Backups { inner } = self;
-                match blobs::fetch_original(&inner.cluster, &inner.blobs, *document, object.hash).await {
+                match blobs::fetch_original(&inner.cluster, &inner.blobs, *document, *hash).await {
                     Ok(bytes) => self.put(target, bytes.into()).await.map(drop)?,
-                    Err(error) => return Ok(Err(error)),
+                    Err(error) => return Ok((blob, Some(error))),
                 }
             }
-            Ok::<_, Error>(Ok(Blob { document: *document, object }))
+            Ok::<_, Error>((blob, None))
         });
         let kept: Vec<_> = kept.collect();
         // Each may be as large as an upload may be.
-        let kept: Vec<Result<Blob, Error>> =
-            futures::stream::iter(kept).buffered(LARGE_AT_ONCE).try_collect().await?;
-        Ok(kept.into_iter().collect())
+        let mut looked = futures::stream::iter(kept).buffered(LARGE_AT_ONCE);
+        let mut brought = Brought::default();
+        while let Some((blob, error)) = looked.try_next().await? {
+            match error {
+                None => brought.kept.push(blob),
+                Some(error) => {
+                    brought.missing.insert(blob);
+                    brought.reason = Some(error);
+                }
+            }
+        }
+        Ok(brought)
     }
+}
+
+/// The bytes of a shard's files.
+#[derive(Default)]
+struct Brought {
+    /// Those that are in the target.
+    kept: Vec<Blob>,
+    /// Those that nobody gives.
+    missing: BTreeSet<Blob>,
+    /// Why not.
+    reason: Option<Error>,
 }
 
 /// The real names of what is to be kept, the collection of files among them when a store of documents is.

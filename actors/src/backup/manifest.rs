@@ -7,6 +7,8 @@ use shoal_proto::{BlobHash, CollectionConfig, DocumentId, ShardId};
 
 /// The format that is written. What this build does not know it refuses to restore.
 pub const FORMAT: u32 = 1;
+/// So many files without bytes a head names; a manifest names all.
+const NAMED_IN_HEAD: usize = 100;
 
 /// The head of a backup: small, and written last, so that a backup is whole or is not there.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -31,6 +33,12 @@ pub struct Head {
     pub bytes: u64,
     /// Bytes of those that no earlier backup had brought.
     pub new_bytes: u64,
+    /// How many files it lacks the bytes of, because no replica had them.
+    #[serde(default)]
+    pub missing_files: u64,
+    /// The first hundred of those.
+    #[serde(default)]
+    pub missing: Vec<Blob>,
 }
 
 /// What a backup holds of a collection.
@@ -87,6 +95,10 @@ pub struct ShardCopy {
     pub pieces: Vec<Object>,
     /// The original bytes of its files and of its unfinished documents.
     pub blobs: Vec<Blob>,
+    /// Those that no replica had any more: what names them is in the pieces. A build that does not know this
+    /// field refuses to restore such a shard, because it finds the bytes of a file missing.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub missing: Vec<Blob>,
 }
 
 /// Bytes in the target, under their own hash.
@@ -124,6 +136,13 @@ impl Manifest {
         shards.flat_map(|shard| &shard.pieces).map(|piece| piece.bytes).max().unwrap_or(0)
     }
 
+    /// The files whose bytes it lacks: how many, and the first of them.
+    pub(super) fn missing(&self) -> (u64, Vec<Blob>) {
+        let shards = self.collections.iter().flat_map(|collection| &collection.shards);
+        let first = shards.flat_map(|shard| shard.missing.iter().copied()).take(NAMED_IN_HEAD);
+        (self.collections.iter().map(CollectionCopy::missing_files).sum(), first.collect())
+    }
+
     /// What it holds.
     pub fn summaries(&self) -> Vec<Summary> {
         self.collections.iter().map(CollectionCopy::summary).collect()
@@ -131,6 +150,11 @@ impl Manifest {
 }
 
 impl CollectionCopy {
+    /// How many of its files, or of its unfinished documents, it lacks the bytes of.
+    pub(super) fn missing_files(&self) -> u64 {
+        self.shards.iter().map(|shard| shard.missing.len() as u64).sum()
+    }
+
     /// What there is in it.
     pub fn summary(&self) -> Summary {
         Summary {
@@ -176,6 +200,7 @@ mod tests {
             files: 1,
             pieces: vec![object],
             blobs: vec![Blob { document: DocumentId([1; 16]), object }],
+            missing: Vec::new(),
         };
         let collection = CollectionCopy {
             name: "docs".into(),
@@ -192,6 +217,46 @@ mod tests {
         assert!(text.contains(&format!("\"hash\":\"{}\"", "07".repeat(32))), "{text}");
         assert_eq!(serde_json::from_str::<Manifest>(&text).expect("readable"), manifest);
         assert_eq!(manifest.objects().count(), 2);
+        assert_eq!(manifest.missing(), (0, Vec::new()));
+        assert!(!text.contains("missing"), "as builds wrote it that knew no such field");
+    }
+
+    #[test]
+    fn what_is_missing_is_named_and_is_no_object() {
+        let object = Object { hash: BlobHash([7; 32]), bytes: 5 };
+        let lost = |number: u8| Blob { document: DocumentId([number; 16]), object };
+        let shard = ShardCopy {
+            shard: ShardId(3),
+            index: 9,
+            points: 0,
+            documents: 0,
+            files: 120,
+            pieces: Vec::new(),
+            blobs: Vec::new(),
+            missing: (0..120).map(lost).collect(),
+        };
+        let collection = CollectionCopy {
+            name: "_files".into(),
+            config: CollectionConfig::default(),
+            replication_factor: 1,
+            created_at: 1,
+            shards: vec![shard],
+        };
+        let manifest = Manifest { collections: vec![collection], ..Manifest::default() };
+        let text = serde_json::to_string(&manifest).expect("writable");
+        assert_eq!(serde_json::from_str::<Manifest>(&text).expect("readable"), manifest);
+        assert_eq!(manifest.objects().count(), 0);
+        let (count, named) = manifest.missing();
+        assert_eq!((count, named.len(), named[0]), (120, NAMED_IN_HEAD, lost(0)));
+    }
+
+    #[test]
+    fn a_head_of_an_earlier_build_lacks_nothing() {
+        let text = r#"{"format":1,"id":"20261121T000000Z-00000000","created_at":1,"cluster_id":"c",
+            "is_full":true,"version":"0.1.0","manifest":{"hash":"HASH","bytes":5},"collections":[],
+            "bytes":5,"new_bytes":5}"#;
+        let head: Head = serde_json::from_str(&text.replace("HASH", &"07".repeat(32))).expect("readable");
+        assert_eq!((head.missing_files, head.missing), (0, Vec::new()));
     }
 
     /// Backups outlive builds.

@@ -15,6 +15,7 @@
 //! A [`Snapshot`] is a backup of one collection that can be taken away as one file, an archive that is
 //! made as it is downloaded, and be put in the place of a collection in one step.
 
+mod age;
 mod archive;
 mod create;
 mod download;
@@ -258,8 +259,8 @@ impl Backups {
     }
 
     /// Deletes this cluster's oldest backups, so that as many stay as are to be kept: of those that hold
-    /// everything, and of those of the same collections. Never the one that was just made, and none while
-    /// one is being restored.
+    /// everything, and of those of the same collections, and of both those apart that lack files, which take
+    /// the place of no whole one. Never the one that was just made, and none while one is being restored.
     async fn retire(&self, target: &Target, lock: &Lock, made: &str) -> Result<(), Error> {
         let keep = self.inner.config.keep;
         if keep == 0 {
@@ -274,10 +275,11 @@ impl Backups {
             return Ok(());
         }
         let heads = target.heads().await?;
-        let mut alike: BTreeMap<Vec<&str>, Vec<&Head>> = BTreeMap::new();
+        let mut alike: BTreeMap<(bool, Vec<&str>), Vec<&Head>> = BTreeMap::new();
         for head in heads.iter().filter(|head| head.cluster_id == state.cluster_id) {
             let names = head.collections.iter().map(|collection| collection.name.as_str());
-            alike.entry(if head.is_full { Vec::new() } else { names.collect() }).or_default().push(head);
+            let names = if head.is_full { Vec::new() } else { names.collect() };
+            alike.entry((head.missing_files == 0, names)).or_default().push(head);
         }
         for ours in alike.values() {
             let surplus = &ours[..ours.len().saturating_sub(keep)];

@@ -327,7 +327,8 @@ impl Restore<'_> {
         cluster.write_when_free(shard, Some(request), &command, deadline).await.map(drop)
     }
 
-    /// Puts files' records back with their bytes: all of them, or only these. One that is there stays.
+    /// Puts files' records back with their bytes: all of them, or only these. One that is there stays, and
+    /// one whose bytes the backup could not have is left out.
     async fn files(
         &self,
         to: &Destination,
@@ -338,8 +339,10 @@ impl Restore<'_> {
         let copy = copy.clone();
         let files = blocking(move || copy.archive.files()).await?;
         let kept: BTreeSet<Object> = shard.blobs.iter().map(|blob| blob.object).collect();
+        let missing: BTreeSet<DocumentId> = shard.missing.iter().map(|blob| blob.document).collect();
+        let is_wanted = |id: &DocumentId| !missing.contains(id) && only.is_none_or(|only| only.contains(id));
         let mut puts = Vec::new();
-        for file in files.into_iter().filter(|file| only.is_none_or(|only| only.contains(&file.id))) {
+        for file in files.into_iter().filter(|file| is_wanted(&file.id)) {
             let object = Object { hash: file.blob, bytes: file.bytes };
             if !kept.contains(&object) {
                 return Err(Error::internal(format!("the backup lacks the bytes of {}", file.id)));
@@ -462,7 +465,8 @@ impl Restore<'_> {
             }
         }
         let summary = collection.summary();
-        let wanted = [summary.points, summary.documents, summary.files];
+        let left_out = if collection.name == FILES_COLLECTION { collection.missing_files() } else { 0 };
+        let wanted = [summary.points, summary.documents, summary.files.saturating_sub(left_out)];
         match found == wanted {
             true => Ok(()),
             false => Err(Error::internal(format!(

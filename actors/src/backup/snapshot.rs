@@ -117,6 +117,13 @@ impl Backups {
         if !head.collections.iter().any(|kept| kept.name == collection) {
             return Err(Error::not_found(format!("`{collection}` was deleted meanwhile")));
         }
+        // Qdrant's shapes have no place to say so.
+        if let Some(lost) = head.missing.first() {
+            let (count, first) = (head.missing_files, lost.document);
+            return Err(Error::unavailable(format!(
+                "the bytes of {count} files are nowhere, {first} among them: delete or upload them again"
+            )));
+        }
         let text = serde_json::to_vec_pretty(&head).map_err(Error::internal)?;
         let mut snapshot = Snapshot {
             format: FORMAT,

@@ -225,19 +225,41 @@ impl Target {
         Ok(snapshots)
     }
 
+    /// The latest backup of everything that a cluster has made, if there is any.
+    ///
+    /// # Errors
+    /// As [`Target::heads`], as far as it has to look.
+    pub(crate) async fn newest_full(&self, cluster_id: &str) -> Result<Option<Head>, Error> {
+        let mut paths = self.list_folder("backups").await?;
+        // Ids sort by age.
+        paths.sort_unstable();
+        for path in paths.iter().rev() {
+            let Some(text) = self.read(path).await? else { continue };
+            let head: Head = self.parse(path, &text)?;
+            if head.is_full && head.cluster_id == cluster_id {
+                return Ok(Some(head));
+            }
+        }
+        Ok(None)
+    }
+
     async fn read_folder<T: DeserializeOwned>(&self, folder: &str) -> Result<Vec<T>, Error> {
-        let listed = self.store.list(Some(&Path::from(folder)));
-        let paths: Vec<Path> =
-            listed.map_ok(|meta| meta.location).try_collect().await.map_err(|error| self.failed(&error))?;
         let mut heads = Vec::new();
-        // Somebody may have put a downloaded snapshot beside its head.
-        for path in paths.into_iter().filter(|path| path.extension() == Some("json")) {
+        for path in self.list_folder(folder).await? {
             // One that was deleted meanwhile is none.
             if let Some(text) = self.read(&path).await? {
                 heads.push(self.parse(&path, &text)?);
             }
         }
         Ok(heads)
+    }
+
+    async fn list_folder(&self, folder: &str) -> Result<Vec<Path>, Error> {
+        let listed = self.store.list(Some(&Path::from(folder)));
+        let paths: Vec<Path> =
+            listed.map_ok(|meta| meta.location).try_collect().await.map_err(|error| self.failed(&error))?;
+        // Somebody may have put a downloaded snapshot beside its head.
+        Ok(paths.into_iter().filter(|path| path.extension() == Some("json")).collect())
     }
 
     /// The snapshot of that name.
@@ -510,6 +532,8 @@ mod tests {
             collections: Vec::new(),
             bytes: 0,
             new_bytes: 0,
+            missing_files: 0,
+            missing: Vec::new(),
         }
     }
 
@@ -523,6 +547,7 @@ mod tests {
             files: 0,
             pieces: vec![piece],
             blobs: Vec::new(),
+            missing: Vec::new(),
         };
         let collection = super::super::manifest::CollectionCopy {
             name: "c".into(),
@@ -553,6 +578,21 @@ mod tests {
         assert_eq!(&target.get(&new).await.expect("kept")[..], b"only the new one has it");
         assert_eq!(target.head("1-a").await.map_err(|error| error.code), Err(ErrorCode::NotFound));
         assert_eq!(target.head("../x").await.map_err(|error| error.code), Err(ErrorCode::NotFound));
+    }
+
+    #[tokio::test]
+    async fn the_latest_is_of_this_cluster_and_of_everything() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let target = Target::open(dir.path().to_str().expect("text")).expect("opens");
+        assert_eq!(target.newest_full("c").await.expect("listed"), None);
+        publish(&target, "1-a", b"old").await;
+        publish(&target, "2-a", b"newer").await;
+        let newest = target.head("2-a").await.expect("there");
+        let of_others = Head { id: "3-a".into(), cluster_id: "d".into(), ..newest.clone() };
+        target.publish(&of_others).await.expect("written");
+        let of_a_part = Head { id: "4-a".into(), is_full: false, ..newest.clone() };
+        target.publish(&of_a_part).await.expect("written");
+        assert_eq!(target.newest_full("c").await.expect("listed"), Some(newest));
     }
 
     #[tokio::test]

@@ -118,10 +118,11 @@ impl Cluster {
         };
         let reports = self.reports().await;
         let load = now(&state, &reports);
+        let rest = without_restores_of(&state, node);
         let is_lost = |id: ShardId| {
-            is_member(&state, &load, id, node) && is_out_of_reach(&state, &load, id, Some(node))
+            is_member(&rest, &load, id, node) && is_out_of_reach(&rest, &load, id, Some(node))
         };
-        let lost: Vec<ShardId> = state.shards.keys().copied().filter(|id| is_lost(*id)).collect();
+        let lost: Vec<ShardId> = rest.shards.keys().copied().filter(|id| is_lost(*id)).collect();
         if !lost.is_empty() {
             let is_here = reports.contains_key(&node);
             return conflict(would_lose(&state, node, is_here, &lost));
@@ -131,7 +132,7 @@ impl Cluster {
             if reports.contains_key(&node) && !is_drained() {
                 return conflict(format!("node {node} lives and is not drained: drain it first"));
             }
-            if let Some(shard) = needs(&without_restores_of(&state, node), &load, node) {
+            if let Some(shard) = needs(&rest, &load, node) {
                 return conflict(format!(
                     "shard {shard} cannot do without node {node} now: wait, start it, or use force"
                 ));

@@ -223,6 +223,7 @@ pub async fn start(config: NodeConfig, peers: Peers, service: PeerService) -> Re
     }
     end_own_drain(&cluster);
     backups.end_leftovers();
+    backups.keep_telling_age();
     Ok(Running { cluster, blobs, work, backups, root })
 }
 

@@ -1,5 +1,10 @@
 //! `shoal backup …`: makes backups, looks after them, puts them back.
+//!
+//! A backup that could not have the bytes of some files, because no replica had them any more, is made all
+//! the same and names them. For whoever only looks at exit codes that is neither success nor failure:
+//! [`Incomplete`], with the code that restic has for it.
 
+use std::fmt;
 use std::io::IsTerminal;
 use std::time::Duration;
 
@@ -65,23 +70,38 @@ pub enum BackupCommand {
     },
 }
 
+/// A backup is there, and files whose bytes were nowhere are not in it. Says which.
+#[derive(Debug)]
+pub struct Incomplete(String);
+
+impl fmt::Display for Incomplete {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Incomplete {}
+
 /// Runs one of them.
 ///
 /// # Errors
-/// What the cluster refused, or why it failed.
+/// What the cluster refused, or why it failed; [`Incomplete`] when a backup that is made or verified lacks
+/// the bytes of files.
 pub async fn run(command: BackupCommand) -> Result<()> {
     match command {
         BackupCommand::Create { collections, client } => {
             let client = Client::new(client)?;
             let body = if collections.is_empty() { json!({}) } else { json!({"collections": collections}) };
             let job = follow(&client, client.post("/admin/backups", &body).await?).await?;
+            let lacking = lacking(&client, text(&job["backup"])).await?;
             println!(
-                "backup {} is complete: {}, of which {} are new",
+                "backup {} is {}: {}, of which {} are new",
                 text(&job["backup"]),
+                if lacking.is_some() { "made, but not whole" } else { "complete" },
                 bytes(&job["bytes_done"]),
                 bytes(&job["bytes_new"])
             );
-            Ok(())
+            lacking.map_or(Ok(()), |lacking| Err(lacking.into()))
         }
         BackupCommand::List { client } => {
             print_list(&Client::new(client)?.get("/admin/backups").await?);
@@ -92,8 +112,10 @@ pub async fn run(command: BackupCommand) -> Result<()> {
             let job =
                 client.send(client.request(Method::POST, &format!("/admin/backups/{id}/verify"))).await?;
             let job = follow(&client, job).await?;
-            println!("backup {id} is whole: {} were read", bytes(&job["bytes_done"]));
-            Ok(())
+            let lacking = lacking(&client, &id).await?;
+            let found = if lacking.is_some() { "as it was made" } else { "whole" };
+            println!("backup {id} is {found}: {} were read", bytes(&job["bytes_done"]));
+            lacking.map_or(Ok(()), |lacking| Err(lacking.into()))
         }
         BackupCommand::Restore { id, collections, shards, replicas, client } => {
             let client = Client::new(client)?;
@@ -103,6 +125,9 @@ pub async fn run(command: BackupCommand) -> Result<()> {
             let job = client.post(&format!("/admin/backups/{id}/restore"), &body).await?;
             let job = follow(&client, job).await?;
             println!("backup {id} is restored: {} were read", bytes(&job["bytes_done"]));
+            if let Some(lacking) = lacking(&client, &id).await? {
+                println!("{lacking}");
+            }
             Ok(())
         }
         BackupCommand::Delete { id, client } => {
@@ -119,6 +144,32 @@ fn bytes(value: &Value) -> HumanBytes {
     HumanBytes(value.as_u64().unwrap_or(0))
 }
 
+/// What a backup could not have; nothing as a rule.
+async fn lacking(client: &Client, id: &str) -> Result<Option<Incomplete>> {
+    let listed = client.get("/admin/backups").await?;
+    let head = list(&listed["backups"]).iter().find(|head| text(&head["id"]) == id);
+    let count = head.and_then(|head| head["missing_files"].as_u64()).unwrap_or(0);
+    if count == 0 {
+        return Ok(None);
+    }
+    let named = head.map_or(&[][..], |head| list(&head["missing"]));
+    let names: Vec<&str> = named.iter().map(|file| text(&file["document"])).collect();
+    let more = if count > names.len() as u64 { ", …" } else { "" };
+    Ok(Some(Incomplete(format!(
+        "backup {id} is without the bytes of {count} files, which no replica had: {}{more}; \
+         delete them or upload them again",
+        names.join(", ")
+    ))))
+}
+
+fn holds(backup: &Value) -> String {
+    let all = if backup["is_full"] == json!(true) { "everything" } else { "a part" };
+    match backup["missing_files"].as_u64() {
+        Some(count) if count > 0 => format!("{all} but {count} files"),
+        _ => all.to_owned(),
+    }
+}
+
 fn print_list(listed: &Value) {
     println!("{}\n", text(&listed["target"]));
     let mut table =
@@ -128,7 +179,7 @@ fn print_list(listed: &Value) {
         let sum = |of: &str| collections.iter().filter_map(|one| one[of].as_u64()).sum::<u64>().to_string();
         table.row([
             text(&backup["id"]).to_owned(),
-            if backup["is_full"] == json!(true) { "everything" } else { "a part" }.to_owned(),
+            holds(backup),
             bytes(&backup["bytes"]).to_string(),
             bytes(&backup["new_bytes"]).to_string(),
             collections.len().to_string(),

@@ -72,6 +72,14 @@ enum ConfigCommand {
     Check(Box<ServeArgs>),
 }
 
+/// The exit code when a backup was made or verified that lacks the bytes of files.
+const EXIT_INCOMPLETE: u8 = 3;
+
+/// The exit code of a command that has ended with an error.
+pub fn exit_code(error: &anyhow::Error) -> u8 {
+    if error.is::<backup::Incomplete>() { EXIT_INCOMPLETE } else { 1 }
+}
+
 /// Runs a command.
 ///
 /// # Errors

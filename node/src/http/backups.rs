@@ -31,6 +31,7 @@ fn head_shape(head: &Head) -> Value {
     json!({
         "id": head.id, "created_at": head.created_at, "is_full": head.is_full, "cluster_id": head.cluster_id, "version": head.version,
         "format": head.format, "bytes": head.bytes, "new_bytes": head.new_bytes, "collections": head.collections,
+        "missing_files": head.missing_files, "missing": head.missing,
     })
 }
 
