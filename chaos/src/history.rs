@@ -258,6 +258,41 @@ pub enum Event {
         /// What it said.
         sample: Sample,
     },
+    /// A backup is about to be asked for.
+    BackupBegan {
+        /// Where this event stands among all.
+        seq: u64,
+        /// Nanoseconds since the run began.
+        ns: u64,
+        /// Its number in this run.
+        backup: u64,
+    },
+    /// A backup is whole.
+    BackupMade {
+        /// Where this event stands among all.
+        seq: u64,
+        /// Nanoseconds since the run began.
+        ns: u64,
+        /// Its number in this run.
+        backup: u64,
+        /// Its name in the target.
+        id: String,
+        /// The shards that it holds, each with the last entry of its log that is in it.
+        cuts: Vec<(u64, u64)>,
+    },
+    /// What a node of a new cluster showed while a backup was put back into that, or afterwards.
+    Restored {
+        /// Where this event stands among all.
+        seq: u64,
+        /// Nanoseconds since the run began.
+        ns: u64,
+        /// The backup's number in this run.
+        backup: u64,
+        /// The node of the new cluster, from 0.
+        node: usize,
+        /// Everything that it showed: keys with their values.
+        points: Vec<(u64, String)>,
+    },
     /// What a node's process held of the machine.
     Usage {
         /// Where this event stands among all.
@@ -461,7 +496,12 @@ impl History {
                         operation.ended = *seq;
                     }
                 }
-                Event::Fault { .. } | Event::Probe { .. } | Event::Usage { .. } => {}
+                Event::Fault { .. }
+                | Event::Probe { .. }
+                | Event::BackupBegan { .. }
+                | Event::BackupMade { .. }
+                | Event::Restored { .. }
+                | Event::Usage { .. } => {}
             }
         }
         operations
@@ -504,6 +544,9 @@ impl Event {
             | Event::Complete { ns, .. }
             | Event::Fault { ns, .. }
             | Event::Probe { ns, .. }
+            | Event::BackupBegan { ns, .. }
+            | Event::BackupMade { ns, .. }
+            | Event::Restored { ns, .. }
             | Event::Usage { ns, .. } => *ns,
         }
     }
@@ -561,6 +604,21 @@ impl Recorder {
     /// A node has spoken of a group.
     pub fn probe(&self, sample: Sample) {
         self.write(|seq, ns| Event::Probe { seq, ns, sample });
+    }
+
+    /// A backup is about to be asked for.
+    pub fn backup_began(&self, backup: u64) {
+        self.write(|seq, ns| Event::BackupBegan { seq, ns, backup });
+    }
+
+    /// A backup is whole: its name, and where it cuts the logs of its shards.
+    pub fn backup_made(&self, backup: u64, id: &str, cuts: Vec<(u64, u64)>) {
+        self.write(|seq, ns| Event::BackupMade { seq, ns, backup, id: id.into(), cuts });
+    }
+
+    /// A node of the cluster that a backup is put back into shows this.
+    pub fn restored(&self, backup: u64, node: usize, points: Vec<(u64, String)>) {
+        self.write(|seq, ns| Event::Restored { seq, ns, backup, node, points });
     }
 
     /// The process that a node was started for the `run`th time holds so much.

@@ -286,7 +286,12 @@ fn events_of(history: &History, operations: &[usize], keys: &BTreeSet<u64>) -> V
                     spans[of].push(at);
                 }
             }
-            Event::Fault { .. } | Event::Probe { .. } | Event::Usage { .. } => {}
+            Event::Fault { .. }
+            | Event::Probe { .. }
+            | Event::BackupBegan { .. }
+            | Event::BackupMade { .. }
+            | Event::Restored { .. }
+            | Event::Usage { .. } => {}
         }
     }
     let events: BTreeSet<usize> = operations.iter().flat_map(|of| spans[*of].iter().copied()).collect();

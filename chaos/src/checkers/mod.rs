@@ -7,6 +7,7 @@
 //! | [`set`] | nothing lost, stale, phantom, duplicate or resurrected |
 //! | [`visibility`] | what was acknowledged is found, what was deleted is not |
 //! | [`session`] | a client never goes back behind what it has seen |
+//! | [`backup`] | what a backup holds was there at one moment while it was made |
 //! | [`batch`] | the parts of one request in one shard appear together |
 //! | [`raft`] | one leader a term, positions in order, replicas with equal state |
 //! | [`identity`] | an id belongs to one node and its one disk for ever |
@@ -16,6 +17,7 @@
 //! | [`coverage`] | the faults really struck, and enough succeeded to mean something |
 
 pub mod availability;
+pub mod backup;
 pub mod batch;
 pub mod coverage;
 pub mod identity;
@@ -140,6 +142,7 @@ pub const NAMES: [&str; 12] = [
     "visibility",
     "session",
     "batch",
+    "backup",
     "raft",
     "identity",
     "overload",
@@ -160,6 +163,7 @@ pub fn run(name: &str, history: &History, operations: &[Operation]) -> Result<Ve
         "visibility" => visibility::check(operations),
         "session" => session::check(operations),
         "batch" => batch::check(operations),
+        "backup" => backup::check(history, operations),
         "raft" => raft::check(history),
         "identity" => identity::check(history),
         "overload" => overload::check(history, operations),

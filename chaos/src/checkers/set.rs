@@ -162,7 +162,8 @@ fn judge_listing(
     }
 }
 
-fn touches(operation: &Operation, key: u64) -> bool {
+/// Whether an operation is about a key.
+pub(super) fn touches(operation: &Operation, key: u64) -> bool {
     match &operation.call {
         Call::Write { key: of, .. } | Call::Delete { key: of } | Call::Read { key: of, .. } => *of == key,
         Call::Batch { keys, .. } => keys.contains(&key),
