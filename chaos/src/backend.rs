@@ -171,7 +171,7 @@ mod tests {
     fn what_containers_can_do() {
         let names = "baseline kill-leader kill-minority kill-all split-brain rejoin zombie-leader search \
                      batches bit-flips churn scaling rolling-restart snapshots \
-                     crash-points resharding";
+                     backup crash-points resharding";
         assert_eq!(with_containers(|scenario| scenario.ci.nodes).join(" "), names);
         // Of five nodes two are apart from the leader together, which no engine can do.
         let by_night = with_containers(|scenario| scenario.nightly.nodes);

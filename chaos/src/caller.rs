@@ -184,11 +184,7 @@ impl Caller {
         let mut positions = BTreeMap::new();
         let mut offset = Value::Null;
         loop {
-            let mut body = json!({"limit": PAGE, "with_payload": true});
-            if !offset.is_null() {
-                body["offset"] = offset;
-            }
-            let request = self.at_level(Request::ask(path("/points/scroll"), &body), level);
+            let request = self.at_level(page_at(&offset), level);
             let reply = match self.clients[node].once(&request).await {
                 Ok(reply) if reply.is_success() => reply,
                 Ok(reply) => return ending(Outcome::Fail, Some(reply.status), &reply.text()),
@@ -345,7 +341,17 @@ fn read_answer(call: &Call, reply: &Reply) -> Result<Answer> {
     Ok(Answer::Value { uid: uid.transpose()?.map(str::to_owned), version })
 }
 
-fn read_page(reply: &Reply) -> Result<(Vec<(u64, String)>, Value)> {
+/// Asks for the points of a listing from an offset on.
+pub(crate) fn page_at(offset: &Value) -> Request {
+    let mut body = json!({"limit": PAGE, "with_payload": true});
+    if !offset.is_null() {
+        body["offset"] = offset.clone();
+    }
+    Request::ask(path("/points/scroll"), &body)
+}
+
+/// The points of a page, and the offset of the next one, which is null after the last.
+pub(crate) fn read_page(reply: &Reply) -> Result<(Vec<(u64, String)>, Value)> {
     let body = reply.json()?;
     let points = body["result"]["points"].as_array().context("no points")?;
     let mut page = Vec::new();

@@ -13,6 +13,7 @@ use serde_json::json;
 use shoal_tests::settled::{check_converged, check_settled};
 use shoal_tests::view::View;
 use shoal_tests::{Client, Node, Request};
+use tokio::sync::watch;
 
 use crate::backend::Backend;
 use crate::disk::Disk;
@@ -103,6 +104,8 @@ pub struct Cluster {
     pub crowd: Option<Crowd>,
     /// An upgrade from an earlier build, where there is one.
     pub upgrade: Option<Upgrade>,
+    /// The node that makes a backup at the moment, where backups are made.
+    pub backing_up: Option<watch::Receiver<Option<usize>>>,
 }
 
 impl Cluster {
@@ -117,6 +120,30 @@ impl Cluster {
         kit: Kit,
         env: &[(String, String)],
     ) -> Result<Cluster> {
+        let members = Cluster::make(dir, count, &backend, kit, env)?;
+        Ok(Cluster { members, backend, crash_points: 0, crowd: None, upgrade: None, backing_up: None })
+    }
+
+    /// Ends all nodes for good and makes others in their place, on the same hosts, with nothing stored and on
+    /// plain disks. They are not started.
+    ///
+    /// # Errors
+    /// When that cannot be done, or there are fewer hosts.
+    pub fn begin_anew(&mut self, dir: &Path, count: usize, env: &[(String, String)]) -> Result<()> {
+        ensure!(count <= self.len(), "there are hosts for {} nodes", self.len());
+        self.end();
+        std::fs::create_dir_all(dir)?;
+        self.members = Cluster::make(dir, count, &self.backend, Kit::default(), env)?;
+        Ok(())
+    }
+
+    fn make(
+        dir: &Path,
+        count: usize,
+        backend: &Backend,
+        kit: Kit,
+        env: &[(String, String)],
+    ) -> Result<Vec<Member>> {
         let mut members = Vec::new();
         let models = dir.join("no-models");
         std::fs::create_dir_all(&models)?;
@@ -167,7 +194,7 @@ impl Cluster {
             let others = addresses.iter().enumerate().filter(|(other, _)| *other != at);
             member.node.introduce(others.map(|(_, address)| address.clone()).collect(), count);
         }
-        Ok(Cluster { members, backend, crash_points: 0, crowd: None, upgrade: None })
+        Ok(members)
     }
 
     /// Lets all nodes run an earlier build from their next start on, which upgrades begin with.
@@ -368,10 +395,8 @@ impl Cluster {
         let reply = self.members[0].node.client().json(&Request::get("/health/detailed")).await?;
         Ok(reply["version"].as_str().context("no version")?.to_owned())
     }
-}
 
-impl Drop for Cluster {
-    fn drop(&mut self) {
+    fn end(&mut self) {
         for member in &mut self.members {
             // The process must be gone before its disk can be unmounted.
             drop(member.node.kill());
@@ -381,5 +406,11 @@ impl Drop for Cluster {
                 let _ = umount2(path, MntFlags::MNT_DETACH);
             }
         }
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        self.end();
     }
 }

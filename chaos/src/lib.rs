@@ -11,6 +11,7 @@
 //! | [`scenario`] | what to run: a row of the matrix, in a small and a large size |
 //! | [`cluster`], [`faults`], [`disk`] | real nodes, and what can be done to them |
 //! | [`faults::reshard`] | shards that are split and merged meanwhile |
+//! | [`faults::backup`], [`restore`] | backups that are made meanwhile, and what is put back of them |
 //! | [`backend`] | what nodes run as: processes, or containers of a Docker Engine |
 //! | [`workloads`], [`caller`] | clients, and how an answer is classified |
 //! | [`history`] | the record of a run |
@@ -33,6 +34,7 @@ pub mod doctor;
 pub mod faults;
 pub mod history;
 pub mod report;
+pub mod restore;
 pub mod run;
 pub mod scenario;
 mod shell;

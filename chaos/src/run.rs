@@ -1,4 +1,5 @@
-//! One run: set up, calm, faults, heal, converge, read everything on every node, judge.
+//! One run: set up, calm, faults, heal, converge, read everything on every node, put backups back into new
+//! clusters where some were made, judge.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -18,11 +19,13 @@ use crate::backend::Backend;
 use crate::caller::Caller;
 use crate::checkers::{self, Judgement, Verdict};
 use crate::cluster::{Cluster, Kit};
+use crate::faults::backup::Backups;
 use crate::faults::clock::seconds_since_1970;
 use crate::faults::reshard::Resharding;
 use crate::faults::upgrade::Upgrade;
 use crate::faults::{self, Fault, Need};
 use crate::history::{Call, Header, History, Level, Origin, Phase, Recorder, Sample};
+use crate::restore::Restoring;
 use crate::scenario::{Scenario, Size};
 use crate::shrink::{self, Shrunk, has_parts};
 use crate::workloads::{Clients, Crowd, Source};
@@ -61,7 +64,8 @@ pub async fn run(
     dir: &Path,
 ) -> Result<Judged> {
     std::fs::create_dir_all(dir)?;
-    let env: Vec<(String, String)> = scenario.env.clone().into_iter().collect();
+    let target = dir.join("backups");
+    let env = environment(scenario, size, &target)?;
     let kit = Kit {
         disk: scenario.disk,
         has_clocks: scenario.needs(Need::Clock),
@@ -114,10 +118,16 @@ pub async fn run(
     tokio::time::sleep(Duration::from_secs(size.calm)).await;
     recorder.sync()?;
     let resharding = size.reshards.then(|| Resharding::start(&cluster.clients(), &recorder, seed));
+    let backups = (size.backups > 0).then(|| Backups::start(&cluster.clients(), &recorder, &target, seed));
+    cluster.backing_up = backups.as_ref().map(Backups::driver);
     strike(scenario, size, seed, &mut cluster, &recorder).await?;
     if let Some(resharding) = resharding {
         resharding.finish().await;
     }
+    let made = match backups {
+        Some(backups) => backups.finish().await,
+        None => Vec::new(),
+    };
     tokio::time::sleep(Duration::from_secs(size.tail)).await;
     recorder.sync()?;
     let patience = Duration::from_secs(size.patience);
@@ -144,9 +154,26 @@ pub async fn run(
         let phase = if is_expected { Phase::Moment } else { Phase::Wrong };
         recorder.fault("panic", phase, &panic);
     }
+    recorder.sync()?;
+    let restoring = Restoring { dir, env: &env, most: size.backups, recorder: &recorder };
+    if let Err(error) = restoring.run(&mut cluster, &made).await {
+        recorder.fault("not_restored", Phase::Wrong, &format!("{error:#}"));
+    }
     recorder.finish()?;
     drop(cluster);
     judge(&file)
+}
+
+/// Environment of the nodes: the scenario's, and where backups are kept, when some are made.
+fn environment(scenario: &Scenario, size: &Size, target: &Path) -> Result<Vec<(String, String)>> {
+    let mut env: Vec<(String, String)> = scenario.env.clone().into_iter().collect();
+    if size.backups > 0 {
+        std::fs::create_dir_all(target)?;
+        let target = target.canonicalize()?;
+        let target = target.to_str().context("the run's folder has a name that is no text")?;
+        env.push(("SHOAL_BACKUP_TARGET".to_owned(), target.to_owned()));
+    }
+    Ok(env)
 }
 
 impl Judged {

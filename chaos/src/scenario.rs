@@ -8,7 +8,8 @@ use serde::Deserialize;
 
 use crate::checkers;
 use crate::cluster::DiskKind;
-use crate::faults::{Fault, Need, reshard};
+use crate::faults::{Fault, Need, backup, reshard};
+use crate::restore;
 use crate::workloads::Workload;
 
 /// Checkers that take the index of a point, or the shard of several, for something that stays. A shard that
@@ -100,6 +101,10 @@ pub struct Size {
     /// one merge must have been completed.
     #[serde(default)]
     pub reshards: bool,
+    /// How many of the backups that are made all the time while faults strike are restored into new clusters
+    /// afterwards, the last ones; none are made when it is zero.
+    #[serde(default)]
+    pub backups: usize,
     /// Seconds of work after the last fault: what grows slowly shows only in processes that live long.
     #[serde(default)]
     pub tail: u64,
@@ -160,6 +165,9 @@ impl Scenario {
         if scenario.ci.reshards || scenario.nightly.reshards {
             scenario.check_resharding()?;
         }
+        for size in [&scenario.ci, &scenario.nightly] {
+            scenario.check_backups(size)?;
+        }
         Ok(scenario)
     }
 
@@ -204,18 +212,41 @@ impl Scenario {
         Ok(())
     }
 
+    /// What does not go with backups, or needs them.
+    fn check_backups(&self, size: &Size) -> Result<()> {
+        let name = &self.name;
+        if size.backups == 0 {
+            let needs = |checker: &String| checker == "backup";
+            let is_needed = self.faults.contains(&Fault::KillBackingUp) || self.checkers.iter().any(needs);
+            ensure!(!is_needed, "scenario {name}: no backups are made");
+            return Ok(());
+        }
+        ensure!(!size.reshards, "scenario {name}: backups are judged by shards that stay as they are");
+        ensure!(size.nodes >= 3, "scenario {name}: nobody would see what a dead node has restored");
+        Ok(())
+    }
+
     /// Whether one of its faults needs that.
     pub fn needs(&self, need: Need) -> bool {
         self.faults.iter().any(|fault| fault.need() == need)
     }
 
     /// Figures of coverage, and the least that they must be: each fault struck so often, and shards were
-    /// split and merged, where they are.
+    /// split and merged, or backups made, broken off and restored, where they are.
     pub fn required(&self, size: &Size) -> BTreeMap<String, u64> {
         let struck = self.faults.iter().map(|fault| (format!("fault_{}", fault.name()), size.each));
-        let changes: &[&str] = if size.reshards { &[reshard::SPLIT, reshard::MERGED] } else { &[] };
-        let changed = changes.iter().map(|change| (format!("fault_{change}"), 1));
-        struck.chain(changed).chain(self.must_see.clone()).collect()
+        let mut seen: Vec<&str> = Vec::new();
+        if size.reshards {
+            seen.extend([reshard::SPLIT, reshard::MERGED]);
+        }
+        if size.backups > 0 {
+            seen.extend([backup::MADE, restore::RESTORED, restore::BROKEN_OFF]);
+        }
+        if self.faults.contains(&Fault::KillBackingUp) {
+            seen.push(backup::BROKEN_OFF);
+        }
+        let seen = seen.into_iter().map(|what| (format!("fault_{what}"), 1));
+        struck.chain(seen).chain(self.must_see.clone()).collect()
     }
 }
 
@@ -225,6 +256,7 @@ macro_rules! shipped {
 }
 
 const SHIPPED: &[(&str, &str)] = shipped!(
+    "backup"
     "baseline"
     "batches"
     "bit-flips"
@@ -329,5 +361,21 @@ mod tests {
         let waits = text.replace("\"kill-all\"", "\"wipe-one\"");
         let refused = Scenario::parse("x", &waits).expect_err("it is never settled").to_string();
         assert!(refused.contains("wipe-one"), "{refused}");
+    }
+    #[test]
+    fn backups_must_have_been_made_broken_off_and_restored() {
+        let shipped = Scenario::shipped().expect("all are right");
+        let scenario = shipped.iter().find(|known| known.name == "backup").expect("it ships");
+        let required = scenario.required(&scenario.ci);
+        for what in ["backup-made", "backup-broken-off", "backup-restored", "restore-broken-off"] {
+            assert_eq!(required[&format!("fault_{what}")], 1, "{what}");
+        }
+        let text = include_str!("../scenarios/backup.toml");
+        let refused = Scenario::parse("x", &text.replace("backups = ", "backups = 0 # "));
+        let refused = refused.expect_err("there is nothing to judge").to_string();
+        assert!(refused.contains("no backups"), "{refused}");
+        let reshards = text.replace("[nightly]\n", "[nightly]\nreshards = true\n");
+        let refused = Scenario::parse("x", &reshards).expect_err("shards do not stay").to_string();
+        assert!(refused.contains("stay as they are"), "{refused}");
     }
 }

@@ -1,6 +1,7 @@
 //! What can be done to a cluster. A fault begins, lasts, and is healed; what it was done to is
 //! recorded with it.
 
+pub mod backup;
 pub mod cable;
 pub mod clock;
 pub mod containers;
@@ -57,6 +58,8 @@ pub enum Fault {
     KillLeader,
     /// SIGKILL to the node that leads the control group, and so drives whatever takes long.
     KillControlLeader,
+    /// SIGKILL to the node that makes a backup, in the middle of it.
+    KillBackingUp,
     /// SIGKILL to a random minority.
     KillMinority,
     /// SIGKILL to every node at once.
@@ -179,8 +182,8 @@ impl Fault {
     pub fn need(self) -> Need {
         use Fault::*;
         match self {
-            KillLeader | KillControlLeader | KillMinority | KillAll | PauseLeader | RollingRestart
-            | BitFlip | DrainOne | WipeOne | ScaleIn | ScaleInWiped => Need::Nothing,
+            KillLeader | KillControlLeader | KillBackingUp | KillMinority | KillAll | PauseLeader
+            | RollingRestart | BitFlip | DrainOne | WipeOne | ScaleIn | ScaleInWiped => Need::Nothing,
             LeaderInMinority | LeaderInMajority | IsolateFollower | LeaderIsDeaf | LeaderIsMute | Bridge
             | MajorityRing | AnswersLost | PacketLoss => Need::Net,
             SlowCables | BadCables => Need::Cables,
@@ -202,6 +205,7 @@ impl Fault {
             self,
             KillLeader
                 | KillControlLeader
+                | KillBackingUp
                 | KillMinority
                 | KillAll
                 | RollingRestart
@@ -245,6 +249,10 @@ impl Fault {
         let detail = match self {
             Fault::KillLeader => kill(cluster, &[cluster.leader().await?])?,
             Fault::KillControlLeader => kill(cluster, &[cluster.control_leader().await?])?,
+            Fault::KillBackingUp => {
+                let node = backup::in_the_middle(cluster, coin).await?;
+                kill(cluster, &[node])?
+            }
             Fault::KillMinority => {
                 let first = coin.random_range(0..count);
                 let victims: Vec<usize> = (0..(count - 1) / 2).map(|step| (first + step) % count).collect();
