@@ -12,8 +12,9 @@
 //! * Level 2: nodes join with their level; the control group's state carries one (its format 5); answers to
 //!   requests that were done in a part of a shard go along when it is split or merged; frozen shards refuse what
 //!   is proposed to them; a restored collection can take the place of another one; snapshots are offered before
-//!   they are sent; documents say why they take long; shards whose data are lost begin anew; nodes
-//!   come back in another zone; the control group's leader tells why something moves.
+//!   they are sent; documents say why they take long; snapshots of collections are made, of which nodes report;
+//!   shards whose data are lost begin anew; nodes come back in another zone; the control group's leader tells why
+//!   something moves.
 //!
 //! What is written to a log, to a snapshot or to a disk, or is sent to a node, in a form that builds of the level
 //! before cannot read, belongs to a new level: give it a line here and a name in [`Level`], raise

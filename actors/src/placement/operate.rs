@@ -119,9 +119,8 @@ impl Cluster {
         let reports = self.reports().await;
         let load = now(&state, &reports);
         let rest = without_restores_of(&state, node);
-        let is_lost = |id: ShardId| {
-            is_member(&rest, &load, id, node) && is_out_of_reach(&rest, &load, id, Some(node))
-        };
+        let is_lost =
+            |id: ShardId| is_member(&rest, &load, id, node) && is_out_of_reach(&rest, &load, id, Some(node));
         let lost: Vec<ShardId> = rest.shards.keys().copied().filter(|id| is_lost(*id)).collect();
         if !lost.is_empty() {
             let is_here = reports.contains_key(&node);

@@ -135,7 +135,7 @@ pub(crate) fn describe(operation: &Operation) -> String {
 }
 
 /// The names of all checkers, as scenarios use them.
-pub const NAMES: [&str; 12] = [
+pub const NAMES: [&str; 13] = [
     "register-search",
     "register-versions",
     "set",

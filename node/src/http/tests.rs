@@ -18,7 +18,7 @@ use crate::config::Config;
 use crate::log::LogLevel;
 
 /// Method, path, a body in which one field is of a wrong type, and that field.
-const ROUTES: [(&str, &str, &str, &str); 31] = [
+const ROUTES: [(&str, &str, &str, &str); 32] = [
     ("POST", "/collections/aliases", r#"{"actions":1}"#, "actions"),
     ("PUT", "/collections/{collection}", r#"{"shard_number":"many"}"#, "shard_number"),
     ("PUT", "/collections/{collection}/index", r#"{"field_name":1}"#, "field_name"),

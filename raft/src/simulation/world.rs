@@ -782,11 +782,15 @@ impl World {
         }
     }
 
-    /// The term and the leader of each group.
-    fn offices(&self) -> BTreeMap<GroupId, (u64, NodeId)> {
+    /// The term and the leader of each group that has a majority without a node.
+    fn offices(&self, without: NodeId) -> BTreeMap<GroupId, (u64, NodeId)> {
         let running = self.net.all_running();
         let all = running.iter().flat_map(|(_, running)| running.groups.all());
         let led = all.map(|group| group.status()).filter(|status| status.role == "leader");
+        let led = led.filter(|status| {
+            let others = status.voters.iter().filter(|voter| **voter != without).count();
+            others > status.voters.len() / 2
+        });
         led.filter_map(|status| Some((status.id, (status.term, status.leader?)))).collect()
     }
 
@@ -795,7 +799,7 @@ impl World {
     async fn come_back(&self) {
         let nodes: Vec<NodeId> = self.net.all_running().into_iter().map(|(node, _)| node).collect();
         let Some(lonely) = self.one_of(&nodes) else { return };
-        let before = self.offices();
+        let before = self.offices(lonely);
         let others = nodes.iter().filter(|node| **node != lonely);
         let cut = others.flat_map(|other| [(lonely, *other), (*other, lonely)]).collect();
         self.net.set_weather(Weather { cut, ..net::calm() });
@@ -803,7 +807,7 @@ impl World {
         self.net.set_weather(net::calm());
         sleep(ALONE).await;
         self.settle().await;
-        let after = self.offices();
+        let after = self.offices(lonely);
         for (id, office) in before.iter().filter(|(_, (_, leader))| *leader != lonely) {
             if after.get(id) != Some(office) {
                 let now = after.get(id);
