@@ -22,6 +22,10 @@ impl Export for Cursor {
     fn next_piece(&self) -> io::Result<Option<Vec<u8>>> {
         guarded(|| self.0.next_piece())
     }
+
+    fn about_bytes(&self) -> u64 {
+        self.0.store_bytes()
+    }
 }
 
 impl StateMachine for Replica {

@@ -525,6 +525,11 @@ pub struct ExportCursor {
 }
 
 impl ExportCursor {
+    /// Bytes that the store takes on disk, which is about what its copy takes.
+    pub fn store_bytes(&self) -> u64 {
+        self.db.size_on_disk().unwrap_or(0)
+    }
+
     /// The next piece for [`Store::import`], or none at the end.
     pub fn next_piece(&self) -> Result<Option<Vec<u8>>> {
         Ok(self.next_pairs()?.map(|pairs| shoal_proto::codec::encode(&pairs)))

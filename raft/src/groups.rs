@@ -76,15 +76,17 @@ struct Inner {
 
 impl Groups {
     /// No groups yet. Snapshots on their way in and out are in the folders `incoming` and `outgoing` of `dir`,
-    /// which is on the same file system as the data; what can be gone on with stays there.
+    /// which is on the same file system as the data; what can be gone on with stays there. Of that file system
+    /// `reserve_bytes` stay free.
     pub fn new(
         node: NodeId,
         log: LogStore,
         peers: Peers,
         config: &RaftConfig,
         dir: &Path,
+        reserve_bytes: u64,
     ) -> io::Result<Groups> {
-        let snapshots = Snapshots::open(dir, config.move_bytes_per_second)?;
+        let snapshots = Snapshots::open(dir, config.move_bytes_per_second, reserve_bytes)?;
         let config = openraft::Config {
             cluster_name: "shoal".into(),
             heartbeat_interval: config.heartbeat.as_millis() as u64,
@@ -125,10 +127,10 @@ impl Groups {
         self.inner.snapshots.throttle()
     }
 
-    /// Says whether the disk has room for copies of shards that are to be sent. Without it a snapshot is sent as it
-    /// is read, and begins anew after a break.
+    /// Says whether the disk has room for snapshots. Without it one is sent as it is read, and begins anew after a
+    /// break; none is taken in, and what is here of them is deleted.
     pub fn set_room(&self, has_room: bool) {
-        self.inner.snapshots.spools().set_room(has_room);
+        self.inner.snapshots.set_room(has_room);
     }
 
     /// Says whether all nodes are of builds to which a snapshot can be offered. To those from before that it is sent as it

@@ -18,7 +18,6 @@ use shoal_proto::{GroupId, codec};
 use crate::log::GroupLog;
 use crate::runtime::blocking;
 use crate::snapshot::Snapshots;
-use crate::snapshot::frames::FrameFile;
 use crate::snapshot::spool::{HELD_LOG_BYTES, Spool};
 use crate::types::{LogIdOf, Reply, SnapshotMetaOf, SnapshotOf, StoredMembershipOf, TypeConfig};
 
@@ -41,6 +40,11 @@ pub struct Committed {
 pub trait Export: Send + Sync + 'static {
     /// The next piece, or none at the end. Pieces are at most a few MiB.
     fn next_piece(&self) -> io::Result<Option<Vec<u8>>>;
+
+    /// About how many bytes all pieces have together, as far as that is known.
+    fn about_bytes(&self) -> u64 {
+        0
+    }
 }
 
 /// A tag and the consistent copy that it belongs to.
@@ -231,7 +235,7 @@ impl RaftStateMachine<TypeConfig> for Machine {
             let file = match snapshot {
                 SnapshotData::File(file) => file,
                 SnapshotData::Export(export) => {
-                    let mut frames = FrameFile::create(snapshots.incoming())?;
+                    let mut frames = snapshots.file()?;
                     while let Some(piece) = export.next_piece()? {
                         frames.write(&piece)?;
                     }

@@ -140,7 +140,7 @@ pub async fn start(config: NodeConfig, peers: Peers, service: PeerService) -> Re
     let node = file.node;
     tracing::info!(node = node.0, cluster = file.cluster_id, "this node belongs to a cluster");
 
-    let groups = Groups::new(node, log, peers.clone(), &config.raft, &config.data)
+    let groups = Groups::new(node, log, peers.clone(), &config.raft, &config.data, config.disk_reserve_bytes)
         .map_err(|error| on_disk(&config.data, &error))?;
     let control = Arc::new(control);
     let watch = control.watch();

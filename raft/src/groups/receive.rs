@@ -15,7 +15,6 @@ use crate::error::Error;
 use crate::machine::{ReceivedFile, SnapshotData};
 use crate::network::Lane;
 use crate::runtime::blocking;
-use crate::snapshot::frames::FrameFile;
 use crate::snapshot::inbox::Installing;
 use crate::snapshot::tally::SnapshotId;
 use crate::snapshot::{Header, Offer, pieces};
@@ -58,8 +57,7 @@ impl Groups {
         pieces: &mut (impl Stream<Item = Result<Piece, tonic::Status>> + Unpin),
     ) -> Result<(Bytes, ReceivedFile), Error> {
         let mut header: Option<Bytes> = None;
-        let incoming = self.inner.snapshots.incoming();
-        let mut frames = FrameFile::create(incoming).map_err(broken)?;
+        let mut frames = self.inner.snapshots.file().map_err(broken)?;
         let mut whole = false;
         while let Some(piece) = pieces.next().await {
             let piece = piece.map_err(|status| broken(status.message()))?;

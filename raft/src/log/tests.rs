@@ -181,7 +181,7 @@ impl StoreBuilder<TypeConfig, Reopened, Machine, TempDir> for RestartingBuilder 
 }
 
 fn machine(dir: &Path, log: &GroupLog) -> Machine {
-    let snapshots = Snapshots::open(dir, 0).expect("the folders are made");
+    let snapshots = Snapshots::open(dir, 0, 0).expect("the folders are made");
     Machine::new(GroupId(7), Arc::new(Recorder::default()), log.clone(), snapshots, Default::default())
 }
 

@@ -206,7 +206,7 @@ impl World {
         let end = End { node, life: life.clone(), net: self.net.clone(), asks_first };
         let peers = Peers::over(Arc::new(end), boot);
         let dir = self.dir.path().join(boot.to_string());
-        let groups = Groups::new(node, log, peers, &config(self.seed), &dir).expect("a directory");
+        let groups = Groups::new(node, log, peers, &config(self.seed), &dir, 0).expect("a directory");
         self.net.start(node, Running { life: life.clone(), boot, groups: groups.clone() });
         let watch = groups.clone();
         TypeConfig::spawn(life.clone().live(async move { watch.keep_watch().await }));

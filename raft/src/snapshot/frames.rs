@@ -5,28 +5,33 @@ use std::io::{self, Read, Write};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::room::Room;
 use crate::machine::ReceivedFile;
 use crate::network::MAX_PEER_MESSAGE_BYTES;
 
 /// Bytes before each piece.
 pub(crate) const HEAD_BYTES: u64 = 8;
 /// After so many bytes a file is synced: a power cut costs no more, and the log's own syncs do not wait behind one
-/// that brings a whole shard to the disk.
+/// that brings a whole shard to the disk. The disk's reserve is looked at as often.
 const SYNC_BYTES: u64 = 32 << 20;
 
 /// A file of frames that is being written.
 pub(crate) struct FrameWriter {
     file: File,
+    room: Room,
     unsynced_bytes: u64,
 }
 
 impl FrameWriter {
-    /// Goes on where the file stands.
-    pub(crate) fn new(file: File) -> FrameWriter {
-        FrameWriter { file, unsynced_bytes: 0 }
+    /// Goes on where the file stands, on a disk with that room.
+    pub(crate) fn new(file: File, room: Room) -> FrameWriter {
+        FrameWriter { file, room, unsynced_bytes: 0 }
     }
 
     /// Adds a piece.
+    ///
+    /// # Errors
+    /// Storage full, when what is written before the next sync could take of the disk's reserve.
     pub(crate) fn write(&mut self, piece: &[u8]) -> io::Result<()> {
         self.file.write_all(&(piece.len() as u32).to_le_bytes())?;
         self.file.write_all(&crc32fast::hash(piece).to_le_bytes())?;
@@ -35,6 +40,7 @@ impl FrameWriter {
         if self.unsynced_bytes >= SYNC_BYTES {
             self.file.sync_data()?;
             self.unsynced_bytes = 0;
+            self.room.check(SYNC_BYTES)?;
         }
         Ok(())
     }
@@ -95,10 +101,11 @@ pub(crate) struct FrameFile {
 
 impl FrameFile {
     /// Creates a file that no other snapshot uses.
-    pub(crate) fn create(dir: &Path) -> io::Result<FrameFile> {
+    pub(crate) fn create(dir: &Path, room: Room) -> io::Result<FrameFile> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let path = dir.join(format!("{:016x}", NEXT.fetch_add(1, Ordering::Relaxed)));
-        Ok(FrameFile { frames: FrameWriter::new(File::create_new(&path)?), received: ReceivedFile(path) })
+        let frames = FrameWriter::new(File::create_new(&path)?, room);
+        Ok(FrameFile { frames, received: ReceivedFile(path) })
     }
 
     /// Adds a piece.
@@ -120,7 +127,7 @@ mod tests {
     #[test]
     fn frames_stay_as_they_are() {
         let dir = tempfile::tempdir().expect("a directory");
-        let mut frames = FrameFile::create(dir.path()).expect("created");
+        let mut frames = FrameFile::create(dir.path(), Room::above(dir.path(), 0)).expect("created");
         frames.write(b"piece").expect("written");
         let file = frames.finish().expect("finished");
         let piece = [5, 0, 0, 0, 35, 11, 202, 68, b'p', b'i', b'e', b'c', b'e'];
@@ -130,7 +137,7 @@ mod tests {
     #[test]
     fn what_is_cut_off_or_flipped_is_torn() {
         let dir = tempfile::tempdir().expect("a directory");
-        let mut frames = FrameFile::create(dir.path()).expect("created");
+        let mut frames = FrameFile::create(dir.path(), Room::above(dir.path(), 0)).expect("created");
         frames.write(b"piece").expect("written");
         let file = frames.finish().expect("finished");
         let bytes = std::fs::read(&file.0).expect("readable");
@@ -146,5 +153,16 @@ mod tests {
             flipped[at] ^= 0x10;
             assert_eq!(Frame::read(&mut flipped.as_slice()).expect("read"), Frame::Torn, "flipped at {at}");
         }
+    }
+
+    #[test]
+    fn a_file_that_grows_into_the_reserve_is_given_up_and_goes() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let mut frames = FrameFile::create(dir.path(), Room::above(dir.path(), u64::MAX)).expect("created");
+        let piece = vec![7; SYNC_BYTES as usize / 4];
+        let refused = (0..4).find_map(|_| frames.write(&piece).err()).expect("refused at the first sync");
+        assert_eq!(refused.kind(), io::ErrorKind::StorageFull);
+        drop(frames);
+        assert_eq!(std::fs::read_dir(dir.path()).expect("listed").count(), 0);
     }
 }

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Only the latest attempt writes: a stream that a cut or a leader's restart has left behind finds that another one
-//! has begun, and ends. All methods block.
+//! has begun, and ends. Nothing is taken in of what the disk's reserve leaves no room for. All methods block.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -20,6 +20,7 @@ use shoal_proto::GroupId;
 
 use super::frames::{Frame, FrameWriter, HEAD_BYTES};
 use super::is_stale;
+use super::room::Room;
 use super::tally::{SnapshotId, Tally};
 use crate::machine::ReceivedFile;
 
@@ -38,12 +39,12 @@ struct Partial {
 
 impl Partial {
     /// Goes on with a file, or begins it. What is not whole at its end is cut off.
-    fn open(path: PathBuf, id: SnapshotId, position: &[u8]) -> io::Result<Partial> {
+    fn open(path: PathBuf, id: SnapshotId, position: &[u8], room: Room) -> io::Result<Partial> {
         let mut file = File::options().read(true).write(true).create(true).truncate(false).open(&path)?;
         let (tally, end) = read_back(&mut BufReader::new(&file), &id, Tally::of(position))?;
         file.set_len(end)?;
         file.seek(SeekFrom::Start(end))?;
-        Ok(Partial { id, path, frames: FrameWriter::new(file), tally })
+        Ok(Partial { id, path, frames: FrameWriter::new(file, room), tally })
     }
 
     fn take(&mut self, piece: &[u8]) -> io::Result<()> {
@@ -53,6 +54,11 @@ impl Partial {
         self.frames.write(piece)?;
         self.tally.take(piece);
         Ok(())
+    }
+
+    /// Bytes of the pieces that have not come.
+    fn missing_bytes(&self) -> u64 {
+        self.id.bytes.saturating_sub(self.tally.bytes())
     }
 
     fn is_whole(&self) -> bool {
@@ -97,27 +103,29 @@ struct Desk {
 /// All snapshots that are here in part.
 pub(crate) struct Inbox {
     dir: PathBuf,
+    room: Room,
     desks: Mutex<HashMap<GroupId, Arc<Mutex<Desk>>>>,
 }
 
 impl Inbox {
-    /// Opens the folder. Partial snapshots that are not old stay, all else is deleted.
-    pub(crate) fn open(dir: &Path) -> io::Result<Inbox> {
+    /// Opens the folder. Partial snapshots that are not old stay while there is room, all else is deleted.
+    pub(crate) fn open(dir: &Path, room: Room) -> io::Result<Inbox> {
         std::fs::create_dir_all(dir)?;
+        let has_room = room.check(0).is_ok();
         for entry in std::fs::read_dir(dir)? {
             let path = entry?.path();
             let ending = path.extension().and_then(|ending| ending.to_str());
             match ending {
-                Some(PARTIAL) if !is_stale(&path) => {}
+                Some(PARTIAL) if has_room && !is_stale(&path) => {}
                 // It was whole, and may have been installed or not.
-                Some(WHOLE) if !is_stale(&path) => {
+                Some(WHOLE) if has_room && !is_stale(&path) => {
                     let partial = path.with_extension("").with_extension(PARTIAL);
                     std::fs::rename(path, partial)?;
                 }
                 _ => std::fs::remove_file(path)?,
             }
         }
-        Ok(Inbox { dir: dir.to_owned(), desks: Mutex::default() })
+        Ok(Inbox { dir: dir.to_owned(), room, desks: Mutex::default() })
     }
 
     fn desk(&self, group: GroupId) -> Arc<Mutex<Desk>> {
@@ -128,7 +136,8 @@ impl Inbox {
     /// of any other one of the group goes.
     ///
     /// # Errors
-    /// Would block, while a snapshot of the group is being installed.
+    /// Would block, while a snapshot of the group is being installed. Storage full, when there is no room for what
+    /// is missing: then what is here goes, too.
     pub(crate) fn offered(&self, group: GroupId, id: &SnapshotId, position: &[u8]) -> io::Result<u64> {
         let desk = self.desk(group);
         let mut desk = desk.lock();
@@ -136,13 +145,18 @@ impl Inbox {
             return Err(io::Error::new(io::ErrorKind::WouldBlock, "a snapshot is being installed"));
         }
         desk.attempt += 1;
-        if let Some(partial) = desk.partial.as_ref().filter(|partial| partial.id == *id) {
-            return Ok(partial.tally.pieces());
+        let partial = match desk.partial.take().filter(|partial| partial.id == *id) {
+            Some(partial) => partial,
+            None => {
+                let path = self.dir.join(id.name(group)).with_extension(PARTIAL);
+                self.remove_partials(group, Some(&path))?;
+                Partial::open(path, *id, position, self.room.clone())?
+            }
+        };
+        if let Err(full) = self.room.check(partial.missing_bytes()) {
+            self.remove_partials(group, None)?;
+            return Err(full);
         }
-        desk.partial = None;
-        let path = self.dir.join(id.name(group)).with_extension(PARTIAL);
-        self.remove_partials(group, Some(&path))?;
-        let partial = Partial::open(path, *id, position)?;
         let pieces = partial.tally.pieces();
         desk.partial = Some(partial);
         Ok(pieces)
@@ -163,7 +177,7 @@ impl Inbox {
             desk.attempt += 1;
             desk.attempt
         };
-        Ok(Receipt { dir: self.dir.clone(), group, desk, attempt })
+        Ok(Receipt { dir: self.dir.clone(), room: self.room.clone(), group, desk, attempt })
     }
 
     /// Deletes what is here of a group.
@@ -175,23 +189,25 @@ impl Inbox {
         self.remove_partials(group, None)
     }
 
-    /// Deletes what has not grown for long.
+    /// Deletes what has not grown for long, and everything when there is no room.
     pub(crate) fn sweep(&self) -> io::Result<()> {
+        let has_room = self.room.is_there();
         for entry in std::fs::read_dir(&self.dir)? {
             let path = entry?.path();
             let is_partial = path.extension().is_some_and(|ending| ending == PARTIAL);
-            if !is_partial || !is_stale(&path) {
+            if !is_partial || (has_room && !is_stale(&path)) {
                 continue;
             }
             for desk in self.desks.lock().values() {
+                // Who writes just now sees for itself that there is no room.
                 if let Some(mut desk) = desk.try_lock()
                     && desk.partial.as_ref().is_some_and(|partial| partial.path == path)
                 {
                     desk.partial = None;
                 }
             }
-            tracing::info!(file = %path.display(), "nobody goes on with part of a snapshot: it is deleted");
-            std::fs::remove_file(path)?;
+            tracing::info!(file = %path.display(), has_room, "part of a snapshot is deleted");
+            remove(&path)?;
         }
         Ok(())
     }
@@ -215,6 +231,7 @@ impl Inbox {
 #[derive(Clone)]
 pub(crate) struct Receipt {
     dir: PathBuf,
+    room: Room,
     group: GroupId,
     desk: Arc<Mutex<Desk>>,
     attempt: u64,
@@ -224,14 +241,18 @@ impl Receipt {
     /// Adds the next piece.
     ///
     /// # Errors
-    /// When another attempt has begun, or the piece cannot be written.
+    /// When another attempt has begun, or the piece cannot be written. Storage full, when there is no room any
+    /// more: then what was here goes.
     pub(crate) fn take(&self, piece: &[u8]) -> io::Result<()> {
         let mut desk = self.desk.lock();
         let partial = self.partial(&mut desk)?;
-        let taken = partial.take(piece);
-        if taken.is_err() {
-            // How much of the piece is in the file is seen when it is read back.
-            desk.partial = None;
+        let taken = self.room.require().and_then(|()| partial.take(piece));
+        if let Err(error) = &taken {
+            let is_full = error.kind() == io::ErrorKind::StorageFull;
+            // Otherwise how much of the piece is in the file is seen when it is read back.
+            if let Some(given_up) = desk.partial.take().filter(|_| is_full) {
+                remove(&given_up.path)?;
+            }
         }
         taken
     }
@@ -271,6 +292,14 @@ impl Drop for Installing {
     }
 }
 
+/// Deletes a file that may be gone.
+fn remove(path: &Path) -> io::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
 fn superseded() -> io::Error {
     io::Error::other("another attempt has begun")
 }
@@ -297,6 +326,10 @@ mod tests {
         (pieces, tally.id())
     }
 
+    fn open(dir: &Path) -> io::Result<Inbox> {
+        Inbox::open(dir, Room::above(dir, 0))
+    }
+
     fn files(dir: &Path) -> usize {
         std::fs::read_dir(dir).expect("listed").count()
     }
@@ -318,7 +351,7 @@ mod tests {
     fn a_break_and_a_restart_cost_no_piece() {
         let dir = tempfile::tempdir().expect("a directory");
         let (pieces, id) = snapshot(1, 5);
-        let inbox = Inbox::open(dir.path()).expect("opens");
+        let inbox = open(dir.path()).expect("opens");
         assert_eq!(inbox.offered(GROUP, &id, AT).expect("taken"), 0);
         let receipt = inbox.begin(GROUP, &id, 0).expect("begun");
         receipt.take(&pieces[0]).expect("taken");
@@ -335,7 +368,7 @@ mod tests {
             let mut bytes = std::fs::read(&path).expect("readable");
             bytes.extend_from_slice(&[9, 0, 0, 0, 1, 2]);
             std::fs::write(&path, bytes).expect("written");
-            Inbox::open(dir.path()).expect("opens")
+            open(dir.path()).expect("opens")
         };
         assert_eq!(inbox.offered(GROUP, &id, AT).expect("taken"), 3);
         let receipt = inbox.begin(GROUP, &id, 3).expect("begun");
@@ -346,7 +379,7 @@ mod tests {
         // A restart before it was installed: nothing has to be sent again.
         std::mem::forget(file);
         drop((installing, inbox));
-        let inbox = Inbox::open(dir.path()).expect("opens");
+        let inbox = open(dir.path()).expect("opens");
         assert_eq!(inbox.offered(GROUP, &id, AT).expect("taken"), 5);
         let (file, installing) = inbox.begin(GROUP, &id, 5).expect("begun").finish().expect("whole");
         assert_eq!(read(&file), pieces);
@@ -357,7 +390,7 @@ mod tests {
     #[test]
     fn another_snapshot_begins_at_zero_and_the_old_one_goes() {
         let dir = tempfile::tempdir().expect("a directory");
-        let inbox = Inbox::open(dir.path()).expect("opens");
+        let inbox = open(dir.path()).expect("opens");
         let ((old, old_id), (new, new_id)) = (snapshot(1, 4), snapshot(2, 4));
         inbox.offered(GROUP, &old_id, AT).expect("taken");
         let receipt = inbox.begin(GROUP, &old_id, 0).expect("begun");
@@ -378,7 +411,7 @@ mod tests {
     #[test]
     fn what_is_not_what_was_promised_is_not_installed() {
         let dir = tempfile::tempdir().expect("a directory");
-        let inbox = Inbox::open(dir.path()).expect("opens");
+        let inbox = open(dir.path()).expect("opens");
         let (pieces, id) = snapshot(1, 2);
         inbox.offered(GROUP, &id, AT).expect("taken");
         let receipt = inbox.begin(GROUP, &id, 0).expect("begun");
@@ -389,11 +422,46 @@ mod tests {
         assert_eq!(inbox.offered(GROUP, &id, AT).expect("taken"), 0, "it begins anew");
         // A file of another run that has another position.
         inbox.begin(GROUP, &id, 0).expect("begun").take(&pieces[0]).expect("taken");
-        let inbox = Inbox::open(dir.path()).expect("opens");
+        let inbox = open(dir.path()).expect("opens");
         assert_eq!(inbox.offered(GROUP, &id, b"elsewhere").expect("taken"), 1);
         let receipt = inbox.begin(GROUP, &id, 1).expect("begun");
         receipt.take(&pieces[1]).expect("taken");
         assert!(receipt.finish().is_err());
+    }
+
+    #[test]
+    fn a_snapshot_without_room_is_refused_and_what_is_here_of_it_goes() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let room = Room::above(dir.path(), 0);
+        let is_full = |error: io::Error| error.kind() == io::ErrorKind::StorageFull;
+        let (pieces, id) = snapshot(1, 3);
+        let inbox = Inbox::open(dir.path(), room.clone()).expect("opens");
+        let begin = || {
+            room.set(true);
+            inbox.offered(GROUP, &id, AT).expect("taken");
+            let receipt = inbox.begin(GROUP, &id, 0).expect("begun");
+            receipt.take(&pieces[0]).expect("taken");
+            room.set(false);
+            receipt
+        };
+        // In the middle of it, at the next offer, and when nobody comes.
+        assert!(begin().take(&pieces[1]).is_err_and(is_full));
+        assert_eq!(files(dir.path()), 0);
+        begin();
+        assert!(inbox.offered(GROUP, &id, AT).is_err_and(is_full));
+        assert_eq!(files(dir.path()), 0);
+        begin();
+        inbox.sweep().expect("swept");
+        assert_eq!(files(dir.path()), 0);
+        // What is promised is more than there is room for.
+        room.set(true);
+        let large = SnapshotId { bytes: u64::MAX, ..id };
+        assert!(inbox.offered(GROUP, &large, AT).is_err_and(is_full));
+        assert_eq!(files(dir.path()), 0);
+        // A start on a full disk.
+        inbox.offered(GROUP, &id, AT).expect("taken");
+        drop(Inbox::open(dir.path(), Room::above(dir.path(), u64::MAX)).expect("opens"));
+        assert_eq!(files(dir.path()), 0);
     }
 
     proptest! {
@@ -407,7 +475,7 @@ mod tests {
             let dir = tempfile::tempdir().expect("a directory");
             let (pieces, id) = snapshot(7, count);
             let path = dir.path().join(id.name(GROUP)).with_extension(PARTIAL);
-            let mut inbox = Inbox::open(dir.path()).expect("opens");
+            let mut inbox = open(dir.path()).expect("opens");
             for (sent, event, torn) in steps {
                 let held = inbox.offered(GROUP, &id, AT).expect("taken") as usize;
                 let receipt = inbox.begin(GROUP, &id, held as u64).expect("begun");
@@ -420,7 +488,7 @@ mod tests {
                     0 | 1 => prop_assert_eq!(inbox.offered(GROUP, &id, AT).expect("taken") as usize, now),
                     // The process is killed.
                     2 => {
-                        inbox = Inbox::open(dir.path()).expect("opens");
+                        inbox = open(dir.path()).expect("opens");
                         prop_assert_eq!(inbox.offered(GROUP, &id, AT).expect("taken") as usize, now);
                     }
                     // The power fails.
@@ -428,7 +496,7 @@ mod tests {
                         let file = File::options().write(true).open(&path).expect("opens");
                         let length = file.metadata().expect("known").len();
                         file.set_len(length.saturating_sub(torn)).expect("cut");
-                        inbox = Inbox::open(dir.path()).expect("opens");
+                        inbox = open(dir.path()).expect("opens");
                         prop_assert!(inbox.offered(GROUP, &id, AT).expect("taken") as usize <= now);
                     }
                 }

@@ -13,6 +13,7 @@
 //! |---|---|
 //! | [`pace`] | how many bytes a second a node sends for moves |
 //! | [`tally`] | what tells one snapshot from another |
+//! | [`room`] | whether the disk has room for one |
 //! | [`frames`] | the file that a snapshot is on either side |
 //! | [`spool`] | on the leader: snapshots that can be sent again from any piece on |
 //! | [`inbox`] | on the member: snapshots that are there in part |
@@ -26,7 +27,8 @@
 //!
 //! **What is deleted when.** A spool: when nobody waits for it, when the log no longer reaches back to it, and
 //! [`KEPT`] after its last use. A partial: when it is installed, when another snapshot is offered, when the group
-//! leaves the node, and [`KEPT`] after its last piece. What a crash left half made: at the next start.
+//! leaves the node, and [`KEPT`] after its last piece. What a crash left half made: at the next start. Once the disk's
+//! reserve is reached: spools that nobody reads, and partials, which are refused until there is room for all of them.
 //!
 //! **2026-11, a copy on the leader's disk.** An export can be read once, and never again: the state goes on. To be
 //! able to repeat a piece, the leader writes the export to a file first. That costs room for a copy of the shard while
@@ -38,6 +40,7 @@
 pub(crate) mod frames;
 pub(crate) mod inbox;
 mod pace;
+pub(crate) mod room;
 mod send;
 pub(crate) mod spool;
 pub(crate) mod tally;
@@ -58,7 +61,9 @@ pub(crate) use send::pieces;
 
 use crate::runtime::blocking;
 use crate::types::{SnapshotMetaOf, TypeConfig, VoteOf};
+use frames::FrameFile;
 use inbox::Inbox;
+use room::Room;
 use spool::Spools;
 use tally::SnapshotId;
 
@@ -117,6 +122,7 @@ pub(crate) struct Snapshots(Arc<Inner>);
 
 struct Inner {
     incoming: PathBuf,
+    room: Room,
     inbox: Inbox,
     spools: Spools,
     throttle: Throttle,
@@ -125,19 +131,29 @@ struct Inner {
 
 impl Snapshots {
     /// Opens what an earlier run of the process has left in the folders `incoming` and `outgoing` of `dir`, and
-    /// deletes what is of no use. `bytes_per_second` is what may be sent; no limit when zero.
-    pub(crate) fn open(dir: &Path, bytes_per_second: u64) -> io::Result<Snapshots> {
+    /// deletes what is of no use. `bytes_per_second` is what may be sent; no limit when zero. `reserve_bytes` of
+    /// the disk stay free.
+    pub(crate) fn open(dir: &Path, bytes_per_second: u64, reserve_bytes: u64) -> io::Result<Snapshots> {
         let incoming = dir.join("incoming");
-        let inbox = Inbox::open(&incoming)?;
-        let spools = Spools::open(&dir.join("outgoing"))?;
+        let room = Room::above(dir, reserve_bytes);
+        let inbox = Inbox::open(&incoming, room.clone())?;
+        let spools = Spools::open(&dir.join("outgoing"), room.clone())?;
         let throttle = Throttle::new(bytes_per_second);
         let swept = Mutex::new(Instant::now());
-        Ok(Snapshots(Arc::new(Inner { incoming, inbox, spools, throttle, swept })))
+        Ok(Snapshots(Arc::new(Inner { incoming, room, inbox, spools, throttle, swept })))
     }
 
-    /// Where files are received.
-    pub(crate) fn incoming(&self) -> &Path {
-        &self.0.incoming
+    /// A new file for a snapshot that is received in one go.
+    pub(crate) fn file(&self) -> io::Result<FrameFile> {
+        FrameFile::create(&self.0.incoming, self.0.room.clone())
+    }
+
+    /// Says whether the disk has room. When it has none any more, what nobody uses just now is deleted at once.
+    pub(crate) fn set_room(&self, is_there: bool) {
+        self.0.room.set(is_there);
+        if !is_there {
+            self.clean();
+        }
     }
 
     pub(crate) fn inbox(&self) -> &Inbox {
@@ -171,6 +187,10 @@ impl Snapshots {
             }
             *swept = Instant::now();
         }
+        self.clean();
+    }
+
+    fn clean(&self) {
         let this = self.clone();
         tokio::spawn(async move {
             let swept = blocking(move || {

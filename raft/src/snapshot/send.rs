@@ -43,7 +43,9 @@ impl Snapshots {
             SnapshotData::Export(export) => {
                 // For a node that is not there nothing is written, and no log is kept.
                 link.beat().await?;
-                if !self.spools().are_of_use() {
+                let (this, copied) = (self.clone(), export.clone());
+                let has_room = blocking(move || Ok(this.spools().have_room_for(&*copied)));
+                if !self.spools().are_of_use() || !has_room.await.unwrap_or(false) {
                     let header = Header { group, target, vote, meta, resumed: None }.write();
                     let pieces = paced(pieces(header.into(), export), self.throttle().clone());
                     return link.snapshot(pieces.boxed(), SEND_TIMEOUT).await;
@@ -85,6 +87,10 @@ impl Export for Wanted {
             0 => Err(io::Error::other("nobody waits for the snapshot any more")),
             _ => self.export.next_piece(),
         }
+    }
+
+    fn about_bytes(&self) -> u64 {
+        self.export.about_bytes()
     }
 }
 

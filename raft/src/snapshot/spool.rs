@@ -19,6 +19,7 @@ use shoal_proto::{GroupId, NodeId, codec};
 use tokio::time::Instant;
 
 use super::frames::{Frame, FrameWriter, HEAD_BYTES, read_head};
+use super::room::Room;
 use super::tally::{SnapshotId, Tally};
 use super::{KEPT, is_stale};
 use crate::machine::Export;
@@ -93,6 +94,11 @@ impl Spool {
         usage.sending == 0 && usage.last.elapsed() > KEPT
     }
 
+    /// Whether nobody reads it just now.
+    fn is_idle(&self) -> bool {
+        self.usage.lock().sending == 0
+    }
+
     fn is_in_use(&self) -> bool {
         let usage = self.usage.lock();
         usage.sending > 0 || usage.last.elapsed() < HELD_AFTER_BREAK
@@ -157,17 +163,17 @@ impl SpoolReader {
 /// All spools of this node.
 pub(crate) struct Spools {
     dir: PathBuf,
+    room: Room,
     /// Those of groups that are not open.
     found: Mutex<HashMap<GroupId, Arc<Spool>>>,
     shelf: Mutex<HashMap<GroupId, Arc<Spool>>>,
-    has_room: AtomicBool,
     /// Whether every member knows what an offer is.
     are_understood: AtomicBool,
 }
 
 impl Spools {
     /// Opens the folder. What was begun and not ended is deleted, and what is old.
-    pub(crate) fn open(dir: &Path) -> io::Result<Spools> {
+    pub(crate) fn open(dir: &Path, room: Room) -> io::Result<Spools> {
         std::fs::create_dir_all(dir)?;
         let mut found = HashMap::new();
         let mut known = BTreeSet::new();
@@ -185,22 +191,17 @@ impl Spools {
             std::fs::remove_file(path)?;
         }
         let (found, shelf) = (Mutex::new(found), Mutex::default());
-        let (has_room, are_understood) = (AtomicBool::new(true), AtomicBool::new(true));
-        Ok(Spools { dir: dir.to_owned(), found, shelf, has_room, are_understood })
-    }
-
-    /// Whether the disk has room for spools.
-    pub(crate) fn has_room(&self) -> bool {
-        self.has_room.load(Ordering::Relaxed)
-    }
-
-    pub(crate) fn set_room(&self, has_room: bool) {
-        self.has_room.store(has_room, Ordering::Relaxed);
+        Ok(Spools { dir: dir.to_owned(), room, found, shelf, are_understood: AtomicBool::new(true) })
     }
 
     /// Whether a spool can be made and offered.
     pub(crate) fn are_of_use(&self) -> bool {
-        self.has_room() && self.are_understood.load(Ordering::Relaxed)
+        self.room.is_there() && self.are_understood.load(Ordering::Relaxed)
+    }
+
+    /// Whether there is room for the copy of an export, as far as its size is known. Blocks.
+    pub(crate) fn have_room_for(&self, export: &dyn Export) -> bool {
+        self.room.check(export.about_bytes()).is_ok()
     }
 
     pub(crate) fn set_understood(&self, are_understood: bool) {
@@ -229,9 +230,10 @@ impl Spools {
         self.shelf.lock().get(&group).filter(|spool| !spool.is_retired()).cloned()
     }
 
-    /// Whether a member needs the log as it is, to go on after the snapshot that it is getting.
+    /// Whether a member needs the log as it is, to go on after the snapshot that it is getting. On a disk without
+    /// room no log is kept for anybody.
     pub(crate) fn is_held(&self, group: GroupId) -> bool {
-        self.of(group).is_some_and(|spool| spool.is_in_use())
+        self.room.is_there() && self.of(group).is_some_and(|spool| spool.is_in_use())
     }
 
     /// Writes an export to a file. Blocks.
@@ -265,16 +267,14 @@ impl Spools {
         meta: &SnapshotMetaOf<TypeConfig>,
         export: &dyn Export,
     ) -> io::Result<SnapshotId> {
-        let mut frames = FrameWriter::new(File::create_new(path)?);
+        let mut frames = FrameWriter::new(File::create_new(path)?, self.room.clone());
         let mut tally = Tally::of(&codec::encode(meta));
         while let Some(piece) = export.next_piece()? {
             // The end of a file is a piece without bytes.
             if piece.is_empty() {
                 continue;
             }
-            if !self.has_room() {
-                return Err(io::Error::new(io::ErrorKind::StorageFull, "the disk's reserve is reached"));
-            }
+            self.room.require()?;
             frames.write(&piece)?;
             tally.take(&piece);
         }
@@ -314,9 +314,10 @@ impl Spools {
         kept.iter().chain(&found).for_each(|spool| spool.retire());
     }
 
-    /// Deletes what nobody has had use for for long.
+    /// Deletes what nobody has had use for for long, and when there is no room what nobody reads just now.
     pub(crate) fn sweep(&self) {
-        self.drop_retired(Spool::is_expired);
+        let has_room = self.room.is_there();
+        self.drop_retired(|spool| spool.is_expired() || (!has_room && spool.is_idle()));
     }
 
     fn drop_retired(&self, is_over: impl Fn(&Spool) -> bool) {
@@ -375,6 +376,10 @@ mod tests {
         (1..=4u8).map(|byte| vec![byte; 100 * usize::from(byte)]).collect()
     }
 
+    fn open(dir: &Path) -> Spools {
+        Spools::open(dir, Room::above(dir, 0)).expect("opens")
+    }
+
     fn make(spools: &Spools, index: u64) -> Arc<Spool> {
         let last_log_id = Some(LogIdOf::<TypeConfig>::new_term_index(1, index));
         let meta = SnapshotMetaOf::<TypeConfig> { last_log_id, ..SnapshotMetaOf::<TypeConfig>::default() };
@@ -398,7 +403,7 @@ mod tests {
     fn a_spool_is_read_from_any_piece_on_also_after_a_restart() {
         let dir = tempfile::tempdir().expect("a directory");
         let id = {
-            let spools = Spools::open(dir.path()).expect("opens");
+            let spools = open(dir.path());
             let spool = make(&spools, 70);
             assert_eq!(read(&spool, 0), (pieces(), 0));
             assert_eq!(read(&spool, 3), (pieces()[3..].to_vec(), 600));
@@ -408,7 +413,7 @@ mod tests {
         };
         // Half made, as a crash leaves it.
         std::fs::write(dir.path().join("0-half.frames"), b"abc").expect("written");
-        let spools = Spools::open(dir.path()).expect("opens");
+        let spools = open(dir.path());
         assert_eq!(files(dir.path()), 2);
         assert!(spools.of(GROUP).is_none(), "its group is not open yet");
         spools.adopt(GROUP, 70);
@@ -420,8 +425,8 @@ mod tests {
     #[test]
     fn what_the_log_does_not_reach_back_to_is_not_adopted() {
         let dir = tempfile::tempdir().expect("a directory");
-        make(&Spools::open(dir.path()).expect("opens"), 70);
-        let spools = Spools::open(dir.path()).expect("opens");
+        make(&open(dir.path()), 70);
+        let spools = open(dir.path());
         spools.adopt(GROUP, 71);
         assert!(spools.of(GROUP).is_none());
         assert_eq!(files(dir.path()), 0);
@@ -430,7 +435,7 @@ mod tests {
     #[test]
     fn it_goes_when_nobody_waits_for_it_any_more() {
         let dir = tempfile::tempdir().expect("a directory");
-        let spools = Spools::open(dir.path()).expect("opens");
+        let spools = open(dir.path());
         let spool = make(&spools, 70);
         let (first, second) = (spool.lend(MEMBER), spool.lend(NodeId(3)));
         assert!(spools.is_held(GROUP));
@@ -446,7 +451,7 @@ mod tests {
     #[test]
     fn it_goes_when_the_log_goes_or_another_takes_its_place() {
         let dir = tempfile::tempdir().expect("a directory");
-        let spools = Spools::open(dir.path()).expect("opens");
+        let spools = open(dir.path());
         drop(make(&spools, 70));
         drop(make(&spools, 80));
         assert_eq!((files(dir.path()), spools.of(GROUP).map(|spool| spool.index())), (2, Some(80)));
@@ -463,8 +468,8 @@ mod tests {
     #[test]
     fn no_room_leaves_nothing_behind() {
         let dir = tempfile::tempdir().expect("a directory");
-        let spools = Spools::open(dir.path()).expect("opens");
-        spools.set_room(false);
+        let spools = open(dir.path());
+        spools.room.set(false);
         let meta = SnapshotMetaOf::<TypeConfig>::default();
         let made = spools.make(GROUP, meta, &Pieces(Mutex::new(pieces())));
         assert!(made.is_err_and(|error| error.kind() == io::ErrorKind::StorageFull));
@@ -472,9 +477,41 @@ mod tests {
     }
 
     #[test]
+    fn without_room_no_log_is_kept_and_what_nobody_reads_goes() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let spools = open(dir.path());
+        let spool = make(&spools, 70);
+        let lent = spool.lend(MEMBER);
+        spools.room.set(false);
+        spools.sweep();
+        assert!(!spools.is_held(GROUP));
+        assert_eq!((files(dir.path()), read(&spool, 0).0), (2, pieces()), "who reads it reads on");
+        drop((lent, spool));
+        spools.sweep();
+        assert_eq!(files(dir.path()), 0);
+    }
+
+    #[test]
+    fn a_copy_is_not_begun_that_would_not_fit() {
+        struct Huge;
+        impl Export for Huge {
+            fn next_piece(&self) -> io::Result<Option<Vec<u8>>> {
+                unreachable!("it is not begun")
+            }
+
+            fn about_bytes(&self) -> u64 {
+                u64::MAX
+            }
+        }
+        let dir = tempfile::tempdir().expect("a directory");
+        let spools = open(dir.path());
+        assert!(spools.have_room_for(&Pieces(Mutex::new(pieces()))) && !spools.have_room_for(&Huge));
+    }
+
+    #[test]
     fn damage_is_not_sent() {
         let dir = tempfile::tempdir().expect("a directory");
-        let spools = Spools::open(dir.path()).expect("opens");
+        let spools = open(dir.path());
         let spool = make(&spools, 70);
         let mut bytes = std::fs::read(&spool.frames).expect("readable");
         bytes[20] ^= 1;

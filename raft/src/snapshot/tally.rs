@@ -64,6 +64,11 @@ impl Tally {
         self.pieces
     }
 
+    /// Bytes of the pieces that were seen.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
     /// The snapshot that consists of what was seen.
     pub(crate) fn id(&self) -> SnapshotId {
         let digest = *self.hasher.finalize().as_bytes();
