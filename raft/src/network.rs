@@ -298,15 +298,19 @@ impl Link {
         }
     }
 
-    /// Sends a snapshot and waits until it is installed.
+    /// Sends a snapshot and waits until it is installed, or until the attempt is `given_up`.
     pub(crate) async fn snapshot(
         &self,
         pieces: BoxStream<'static, Piece>,
-        timeout: Duration,
+        given_up: impl Future<Output = ()> + Send,
     ) -> Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>> {
         let broken = |reason: &str| StreamingError::Network(NetworkError::from_string(reason));
-        let sent = tokio::time::timeout(timeout, self.peers.wire().snapshot(self.target, pieces)).await;
-        let reply = match sent.map_err(|_| broken("the snapshot took too long"))? {
+        let sent = tokio::select! {
+            biased;
+            sent = self.peers.wire().snapshot(self.target, pieces) => sent,
+            () = given_up => return Err(broken("nothing of the snapshot was taken for too long")),
+        };
+        let reply = match sent {
             Ok(reply) => reply,
             Err(status) if status.code() == tonic::Code::Unavailable => {
                 return Err(StreamingError::Unreachable(Unreachable::from_string(status.message())));

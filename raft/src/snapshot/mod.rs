@@ -14,6 +14,7 @@
 //! | [`pace`] | how many bytes a second a node sends for moves |
 //! | [`tally`] | what tells one snapshot from another |
 //! | [`room`] | whether the disk has room for one |
+//! | [`progress`] | whether a member still takes what is sent |
 //! | [`frames`] | the file that a snapshot is on either side |
 //! | [`spool`] | on the leader: snapshots that can be sent again from any piece on |
 //! | [`inbox`] | on the member: snapshots that are there in part |
@@ -40,6 +41,7 @@
 pub(crate) mod frames;
 pub(crate) mod inbox;
 mod pace;
+mod progress;
 pub(crate) mod room;
 mod send;
 pub(crate) mod spool;
@@ -69,6 +71,8 @@ use tally::SnapshotId;
 
 /// How long after its last use a snapshot that was not sent or received to its end is kept.
 pub(crate) const KEPT: Duration = Duration::from_secs(3600);
+/// Bytes of the checksum in front of each piece.
+const SUM_BYTES: usize = 4;
 /// How often it is looked for what is older.
 const SWEEP_EVERY: Duration = Duration::from_secs(60);
 

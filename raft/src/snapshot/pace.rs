@@ -67,11 +67,6 @@ impl Throttle {
             tokio::time::sleep(wait).await;
         }
     }
-
-    /// How long so many bytes take when nothing else is sent.
-    pub(crate) fn time_for(&self, bytes: u64) -> Duration {
-        self.0.as_ref().map_or(Duration::ZERO, |shared| shared.bucket.lock().time_for(bytes))
-    }
 }
 
 #[cfg(test)]

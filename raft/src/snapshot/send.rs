@@ -10,8 +10,9 @@ use openraft::errors::{StreamingError, Unreachable};
 use openraft::raft::SnapshotResponse;
 use shoal_proto::peer::{Piece, RaftKind};
 
+use super::progress::Progress;
 use super::spool::{Spool, SpoolReader};
-use super::{Header, Offer, Snapshots, Throttle};
+use super::{Header, Offer, SUM_BYTES, Snapshots, Throttle};
 use crate::machine::{Export, SnapshotData};
 use crate::network::Link;
 use crate::runtime::blocking;
@@ -19,11 +20,6 @@ use crate::types::{SnapshotOf, TypeConfig, VoteOf};
 
 /// How long a member may take to read back what it has of a snapshot.
 const OFFER_TIMEOUT: Duration = Duration::from_secs(120);
-/// How long a snapshot may take beyond the time that its bytes take at the node's pace. What has come until then is not
-/// sent again.
-const SEND_TIMEOUT: Duration = Duration::from_secs(600);
-/// Bytes of the checksum in front of each piece.
-const SUM_BYTES: usize = 4;
 
 type Answer = Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>>;
 
@@ -47,8 +43,7 @@ impl Snapshots {
                 let has_room = blocking(move || Ok(this.spools().have_room_for(&*copied)));
                 if !self.spools().are_of_use() || !has_room.await.unwrap_or(false) {
                     let header = Header { group, target, vote, meta, resumed: None }.write();
-                    let pieces = paced(pieces(header.into(), export), self.throttle().clone());
-                    return link.snapshot(pieces.boxed(), SEND_TIMEOUT).await;
+                    return self.stream(link, pieces(header.into(), export), &Progress::new()).await;
                 }
                 // Gone when openraft gives the attempt up, or the node stops.
                 let wish = Arc::new(());
@@ -66,11 +61,21 @@ impl Snapshots {
         let _lent = spool.lend(target);
         let resumed = Some((spool.id, held));
         let header = Header { group, target, vote, meta: spool.meta.clone(), resumed }.write();
-        let timeout = SEND_TIMEOUT + 2 * self.throttle().time_for(spool.id.bytes);
-        let pieces = paced(spooled(spool.clone(), header.into(), held), self.throttle().clone());
-        let answer = link.snapshot(pieces.boxed(), timeout).await?;
+        let pieces = spooled(spool.clone(), header.into(), held);
+        let answer = self.stream(link, pieces, &Progress::new()).await?;
         self.spools().delivered(&spool, target);
         Ok(answer)
+    }
+
+    /// Sends pieces at the node's pace, for as long as they are taken.
+    async fn stream(
+        &self,
+        link: &Link,
+        pieces: impl Stream<Item = Piece> + Send + 'static,
+        progress: &Progress,
+    ) -> Answer {
+        let pieces = progress.of(paced(pieces, self.throttle().clone()));
+        link.snapshot(pieces, progress.stalled()).await
     }
 }
 
