@@ -139,6 +139,18 @@ impl Groups {
         self.inner.snapshots.spools().set_understood(are_understood);
     }
 
+    /// Deletes the copy of a group's state that was being sent: it was made of a state that is no more.
+    pub async fn drop_copy(&self, id: GroupId) {
+        let snapshots = self.inner.snapshots.clone();
+        let dropped = blocking(move || {
+            snapshots.spools().retire(id);
+            Ok(())
+        });
+        if let Err(error) = dropped.await {
+            tracing::warn!(group = id.0, %error, "the copy of a state that is no more could not be deleted");
+        }
+    }
+
     /// Deletes now and then what is left of snapshots that nobody goes on with.
     pub(crate) fn sweep_snapshots(&self) {
         self.inner.snapshots.sweep();

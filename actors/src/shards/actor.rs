@@ -192,6 +192,8 @@ async fn open(
             return Err(error.into());
         }
     }
+    // Whatever was wrong with the state is in its copy as well.
+    cluster.groups().drop_copy(id.into()).await;
     Ok(attempt().await??)
 }
 

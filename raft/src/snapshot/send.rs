@@ -62,7 +62,12 @@ impl Snapshots {
         let resumed = Some((spool.id, held));
         let header = Header { group, target, vote, meta: spool.meta.clone(), resumed }.write();
         let pieces = spooled(spool.clone(), header.into(), held);
-        let answer = self.stream(link, pieces, &Progress::new()).await?;
+        let progress = Progress::new();
+        let answer = self.stream(link, pieces, &progress).await.inspect_err(|_| {
+            if progress.is_whole() {
+                spool.refused();
+            }
+        })?;
         self.spools().delivered(&spool, target);
         Ok(answer)
     }

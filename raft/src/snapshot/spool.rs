@@ -33,6 +33,9 @@ const NOTE: &str = "note";
 const HELD_AFTER_BREAK: Duration = Duration::from_secs(60);
 /// The most bytes of a group's log that are kept so that a member can go on after its snapshot.
 pub(crate) const HELD_LOG_BYTES: u64 = 512 << 20;
+/// A spool that was read to its end so many times and not taken is of no use to anybody: an export is copied as it
+/// is read, and that what is in it is damaged is seen where it is installed.
+const MAX_REFUSALS: u32 = 2;
 
 /// What a note says.
 type Note = (GroupId, SnapshotMetaOf<TypeConfig>, SnapshotId);
@@ -52,12 +55,15 @@ struct Usage {
     last: Instant,
     /// Members that have got a part of it.
     waiting: BTreeSet<NodeId>,
+    /// How often it was sent to its end and not taken, since somebody has taken it.
+    refusals: u32,
     is_retired: bool,
 }
 
 impl Spool {
     fn new(meta: SnapshotMetaOf<TypeConfig>, id: SnapshotId, frames: PathBuf) -> Arc<Spool> {
-        let usage = Usage { sending: 0, last: Instant::now(), waiting: BTreeSet::new(), is_retired: false };
+        let (last, waiting) = (Instant::now(), BTreeSet::new());
+        let usage = Usage { sending: 0, last, waiting, refusals: 0, is_retired: false };
         Arc::new(Spool { meta, id, frames, usage: Mutex::new(usage) })
     }
 
@@ -73,6 +79,20 @@ impl Spool {
         usage.last = Instant::now();
         usage.waiting.insert(to);
         Lent(self.clone())
+    }
+
+    /// It was sent to its end, and the member has not taken it. That may be the member's or the network's fault
+    /// once.
+    pub(crate) fn refused(&self) {
+        let is_given_up = {
+            let mut usage = self.usage.lock();
+            usage.refusals += 1;
+            usage.refusals >= MAX_REFUSALS
+        };
+        if is_given_up {
+            tracing::warn!(index = self.index(), "a snapshot was refused again: another one will be made");
+            self.retire();
+        }
     }
 
     /// Never to be used again; its file goes with whoever still reads it.
@@ -109,14 +129,15 @@ impl Spool {
     /// # Errors
     /// When the file cannot be read that far.
     pub(crate) fn read_from(&self, from: u64) -> io::Result<SpoolReader> {
+        let left = self.id.pieces.checked_sub(from).ok_or_else(damaged)?;
         let mut file = BufReader::new(File::open(&self.frames)?);
         let mut skipped_bytes = 0;
         for _ in 0..from {
-            let (length, _) = read_head(&mut file)?.ok_or_else(damaged)?;
+            let (length, _) = read_head(&mut file)?.filter(|(length, _)| *length > 0).ok_or_else(damaged)?;
             file.seek_relative(i64::from(length))?;
             skipped_bytes += u64::from(length);
         }
-        Ok(SpoolReader { file, skipped_bytes })
+        Ok(SpoolReader { file, left, skipped_bytes })
     }
 }
 
@@ -142,6 +163,8 @@ impl Drop for Lent {
 /// The pieces of a spool, one after the other.
 pub(crate) struct SpoolReader {
     file: BufReader<File>,
+    /// Pieces that are yet to come. A block of zeros reads as an end.
+    left: u64,
     /// Bytes of the pieces that were left out.
     pub(crate) skipped_bytes: u64,
 }
@@ -153,9 +176,12 @@ impl SpoolReader {
     /// Invalid data, when it is not what was written.
     pub(crate) fn next_piece(&mut self) -> io::Result<Option<Vec<u8>>> {
         match Frame::read(&mut self.file)? {
-            Frame::Piece(piece) => Ok(Some(piece)),
-            Frame::End => Ok(None),
-            Frame::Torn => Err(damaged()),
+            Frame::Piece(piece) if self.left > 0 => {
+                self.left -= 1;
+                Ok(Some(piece))
+            }
+            Frame::End if self.left == 0 => Ok(None),
+            Frame::Piece(_) | Frame::End | Frame::Torn => Err(damaged()),
         }
     }
 }
@@ -210,8 +236,10 @@ impl Spools {
 
     /// Puts a group's spool away until the group is open again.
     pub(crate) fn withhold(&self, group: GroupId) {
-        if let Some(spool) = self.shelf.lock().remove(&group) {
-            self.found.lock().insert(group, spool);
+        if let Some(spool) = self.shelf.lock().remove(&group)
+            && let Some(older) = self.found.lock().insert(group, spool)
+        {
+            older.retire();
         }
     }
 
@@ -222,7 +250,9 @@ impl Spools {
             return spool.retire();
         }
         tracing::info!(group = group.0, index = spool.index(), "a snapshot that was being sent goes on");
-        self.shelf.lock().insert(group, spool);
+        if let Some(other) = self.shelf.lock().insert(group, spool) {
+            other.retire();
+        }
     }
 
     /// The snapshot that members of a group get, if one has been made and is still of use.
@@ -292,6 +322,7 @@ impl Spools {
         let is_over = {
             let mut usage = spool.usage.lock();
             usage.waiting.remove(&to);
+            usage.refusals = 0;
             usage.waiting.is_empty()
         };
         if is_over {
@@ -519,5 +550,45 @@ mod tests {
         assert!(spool.read_from(0).expect("opens").next_piece().is_err());
         // A reader that leaves it out does not look at it.
         assert_eq!(read(&spool, 1).0, pieces()[1..].to_vec());
+    }
+
+    #[test]
+    fn a_block_of_zeros_is_no_end() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let spools = open(dir.path());
+        let spool = make(&spools, 70);
+        let mut bytes = std::fs::read(&spool.frames).expect("readable");
+        let second = HEAD_BYTES as usize + 100;
+        bytes[second..second + 64].fill(0);
+        std::fs::write(&spool.frames, bytes).expect("written");
+        let mut reader = spool.read_from(0).expect("opens");
+        assert!(reader.next_piece().expect("readable").is_some());
+        assert!(reader.next_piece().is_err());
+        assert!(spool.read_from(2).is_err());
+    }
+
+    #[test]
+    fn what_was_sent_to_its_end_and_refused_twice_is_not_offered_again() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let spools = open(dir.path());
+        let spool = make(&spools, 70);
+        spool.refused();
+        assert!(spools.of(GROUP).is_some(), "an answer may be lost once");
+        spool.refused();
+        assert!(spools.of(GROUP).is_none());
+        spools.sweep();
+        drop(spool);
+        assert_eq!(files(dir.path()), 0);
+    }
+
+    #[test]
+    fn adopting_one_retires_the_other() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let spools = open(dir.path());
+        drop(make(&spools, 70));
+        spools.withhold(GROUP);
+        drop(make(&spools, 80));
+        spools.adopt(GROUP, 0);
+        assert_eq!((files(dir.path()), spools.of(GROUP).map(|spool| spool.index())), (2, Some(70)));
     }
 }
