@@ -18,6 +18,8 @@ use shoal_proto::{GroupId, NodeId, codec};
 
 pub use group::{Group, GroupStatus};
 
+use group::MAX_LAG;
+
 use crate::error::Error;
 use crate::log::LogStore;
 use crate::machine::{Machine, StateMachine, Tag};
@@ -148,6 +150,24 @@ impl Groups {
         });
         if let Err(error) = dropped.await {
             tracing::warn!(group = id.0, %error, "the copy of a state that is no more could not be deleted");
+        }
+    }
+
+    /// Keeps no log any longer for members that have got a snapshot and do not need it any more: they have nearly
+    /// all, or another node leads.
+    pub(crate) fn release_logs(&self) {
+        let holds = self.inner.snapshots.spools().holds();
+        // Who lacks more than is kept behind a checkpoint would need another snapshot after it.
+        let enough = MAX_LAG.min(self.inner.config.max_in_snapshot_log_to_keep);
+        for (id, member) in holds.behind() {
+            let is_needed = self.get(id).is_ok_and(|group| {
+                let status = group.status();
+                let matched = status.matched.get(&member).copied();
+                status.role == "leader" && matched.is_some_and(|matched| matched + enough < status.last_index)
+            });
+            if !is_needed {
+                holds.release(id, member);
+            }
         }
     }
 

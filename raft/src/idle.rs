@@ -174,6 +174,7 @@ impl Groups {
                 }
             }
             metrics::gauge!("shoal_raft_groups_asleep").set(asleep);
+            self.release_logs();
             self.sweep_snapshots();
             tokio::time::sleep(BEAT.saturating_sub(started.elapsed())).await;
         }

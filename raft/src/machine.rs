@@ -18,6 +18,7 @@ use shoal_proto::{GroupId, codec};
 use crate::log::GroupLog;
 use crate::runtime::blocking;
 use crate::snapshot::Snapshots;
+use crate::snapshot::hold::Kept;
 use crate::snapshot::spool::{HELD_LOG_BYTES, Spool};
 use crate::types::{LogIdOf, Reply, SnapshotMetaOf, SnapshotOf, StoredMembershipOf, TypeConfig};
 
@@ -210,8 +211,8 @@ impl RaftStateMachine<TypeConfig> for Machine {
         Ok(())
     }
 
-    /// None while a member gets a snapshot: after a checkpoint the log would be dropped that the member needs to
-    /// go on from there.
+    /// None while a member gets a snapshot, and goes on from there: after a checkpoint the log would be dropped that
+    /// it needs for that.
     async fn try_create_snapshot_builder(&mut self, force: bool) -> Option<Self::SnapshotBuilder> {
         let is_held = self.snapshots.spools().is_held(self.group) && self.log.live_bytes() < HELD_LOG_BYTES;
         (force || !is_held).then(|| self.clone())
@@ -253,13 +254,18 @@ impl RaftStateMachine<TypeConfig> for Machine {
     async fn get_current_snapshot(
         &mut self,
     ) -> Result<Option<SnapshotOf<TypeConfig, SnapshotData>>, io::Error> {
-        if let Some(spool) = self.snapshots.spools().of(self.group) {
+        let spools = self.snapshots.spools();
+        // A checkpoint may have been under way when it was made.
+        spools.retire_before(self.group, self.log.purged());
+        if let Some(spool) = spools.of(self.group) {
             let meta = spool.meta.clone();
             return Ok(Some(SnapshotOf::<TypeConfig, SnapshotData> {
                 meta,
                 snapshot: SnapshotData::Spool(spool),
             }));
         }
+        // From before the copy is fixed: the log must go on where it ends.
+        let hold = spools.holds().begin(self.group);
         let (tag, export) = self.blocking(|inner| inner.export()).await?;
         if tag.is_none() {
             return Ok(None);
@@ -267,7 +273,7 @@ impl RaftStateMachine<TypeConfig> for Machine {
         let meta = Tag::read(tag)?.meta();
         Ok(Some(SnapshotOf::<TypeConfig, SnapshotData> {
             meta,
-            snapshot: SnapshotData::Export(export.into()),
+            snapshot: SnapshotData::Export(Arc::new(Kept { export, _hold: hold })),
         }))
     }
 }

@@ -16,6 +16,7 @@
 //! | [`room`] | whether the disk has room for one |
 //! | [`progress`] | whether a member still takes what is sent |
 //! | [`frames`] | the file that a snapshot is on either side |
+//! | [`hold`] | on the leader: for whom the log is kept |
 //! | [`spool`] | on the leader: snapshots that can be sent again from any piece on |
 //! | [`inbox`] | on the member: snapshots that are there in part |
 //! | [`send`] | one attempt to send |
@@ -35,10 +36,11 @@
 //! able to repeat a piece, the leader writes the export to a file first. That costs room for a copy of the shard while
 //! it is sent; below the disk's reserve the export is sent as it is read, as before, and a break costs all of it. In
 //! return the store sets old values aside only for as long as the file takes to write, however slow the member is.
-//! While a spool is being sent the leader makes no checkpoints of that group (at most [`spool::HELD_LOG_BYTES`] of
-//! log): else the log would often be gone before a member at a limited pace could use it.
+//! From the export on until the member has caught up, the leader makes no checkpoints of that group (at most
+//! [`spool::HELD_LOG_BYTES`] of log): else the log would often be gone before a member at a limited pace could use it.
 
 pub(crate) mod frames;
+pub(crate) mod hold;
 pub(crate) mod inbox;
 mod pace;
 mod progress;

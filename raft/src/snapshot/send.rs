@@ -8,6 +8,7 @@ use bytes::Bytes;
 use futures::{Stream, StreamExt};
 use openraft::errors::{StreamingError, Unreachable};
 use openraft::raft::SnapshotResponse;
+use shoal_proto::NodeId;
 use shoal_proto::peer::{Piece, RaftKind};
 
 use super::progress::Progress;
@@ -33,17 +34,20 @@ impl Snapshots {
     ) -> Answer {
         let unreachable = |reason: String| StreamingError::Unreachable(Unreachable::from_string(reason));
         let (group, target, meta) = (link.group, link.target, snapshot.meta);
+        // For a node that is not there nothing is written, and no log is kept.
+        link.beat().await?;
         let spool = match snapshot.snapshot {
             SnapshotData::File(_) => return Err(unreachable("a received file is not sent on".to_owned())),
             SnapshotData::Spool(spool) => spool,
             SnapshotData::Export(export) => {
-                // For a node that is not there nothing is written, and no log is kept.
-                link.beat().await?;
                 let (this, copied) = (self.clone(), export.clone());
                 let has_room = blocking(move || Ok(this.spools().have_room_for(&*copied)));
                 if !self.spools().are_of_use() || !has_room.await.unwrap_or(false) {
                     let header = Header { group, target, vote, meta, resumed: None }.write();
-                    return self.stream(link, pieces(header.into(), export), &Progress::new()).await;
+                    let pieces = pieces(header.into(), export);
+                    let answer = self.stream(link, pieces, &Progress::new()).await?;
+                    self.spools().holds().delivered(group, target);
+                    return Ok(answer);
                 }
                 // Gone when openraft gives the attempt up, or the node stops.
                 let wish = Arc::new(());
@@ -53,22 +57,24 @@ impl Snapshots {
                 made.map_err(|error| unreachable(error.to_string()))?
             }
         };
+        // From the offer on: while the member reads back what it has, the log and this copy must stay.
+        let lent = spool.lend();
         let offer = Offer { vote, meta: spool.meta.clone(), id: spool.id };
         let held: u64 = link.call(RaftKind::SnapshotOffer, &offer, OFFER_TIMEOUT).await?;
         if held > spool.id.pieces {
             return Err(unreachable(format!("the member has {held} of {} pieces", spool.id.pieces)));
         }
-        let _lent = spool.lend(target);
         let resumed = Some((spool.id, held));
         let header = Header { group, target, vote, meta: spool.meta.clone(), resumed }.write();
-        let pieces = spooled(spool.clone(), header.into(), held);
+        let pieces = spooled(spool.clone(), target, header.into(), held);
         let progress = Progress::new();
         let answer = self.stream(link, pieces, &progress).await.inspect_err(|_| {
             if progress.is_whole() {
                 spool.refused();
             }
         })?;
-        self.spools().delivered(&spool, target);
+        self.spools().holds().delivered(group, target);
+        self.spools().delivered(lent, target);
         Ok(answer)
     }
 
@@ -147,11 +153,19 @@ struct Reading {
 }
 
 /// Streams a spool as [`pieces`] streams an export, but for the first pieces, which are held already.
-fn spooled(spool: Arc<Spool>, header: Bytes, held: u64) -> impl Stream<Item = Piece> + Send + 'static {
+fn spooled(
+    spool: Arc<Spool>,
+    to: NodeId,
+    header: Bytes,
+    held: u64,
+) -> impl Stream<Item = Piece> + Send + 'static {
     futures::stream::unfold(Some(Reading { header, reader: None }), move |reading| {
         let spool = spool.clone();
         async move {
             let Reading { header, reader } = reading?;
+            if reader.is_some() {
+                spool.taken(to);
+            }
             let from = spool.clone();
             let read = blocking(move || {
                 let mut reader = match reader {

@@ -19,6 +19,7 @@ use shoal_proto::{GroupId, NodeId, codec};
 use tokio::time::Instant;
 
 use super::frames::{Frame, FrameWriter, HEAD_BYTES, read_head};
+use super::hold::Holds;
 use super::room::Room;
 use super::tally::{SnapshotId, Tally};
 use super::{KEPT, is_stale};
@@ -49,12 +50,14 @@ pub(crate) struct Spool {
 }
 
 struct Usage {
-    /// Streams that are under way.
+    /// Attempts to send it that are under way, from the offer on.
     sending: usize,
-    /// When one of them began or ended.
+    /// When it was made, or a member took a piece of it.
     last: Instant,
     /// Members that have got a part of it.
     waiting: BTreeSet<NodeId>,
+    /// Whether a member has got all of it.
+    is_delivered: bool,
     /// How often it was sent to its end and not taken, since somebody has taken it.
     refusals: u32,
     is_retired: bool,
@@ -63,7 +66,8 @@ struct Usage {
 impl Spool {
     fn new(meta: SnapshotMetaOf<TypeConfig>, id: SnapshotId, frames: PathBuf) -> Arc<Spool> {
         let (last, waiting) = (Instant::now(), BTreeSet::new());
-        let usage = Usage { sending: 0, last, waiting, refusals: 0, is_retired: false };
+        let (is_delivered, is_retired) = (false, false);
+        let usage = Usage { sending: 0, last, waiting, is_delivered, refusals: 0, is_retired };
         Arc::new(Spool { meta, id, frames, usage: Mutex::new(usage) })
     }
 
@@ -72,13 +76,18 @@ impl Spool {
         self.meta.last_log_id.map_or(0, |id| id.index)
     }
 
-    /// Notes that a member gets it, until what is returned is dropped.
-    pub(crate) fn lend(self: &Arc<Spool>, to: NodeId) -> Lent {
-        let mut usage = self.usage.lock();
-        usage.sending += 1;
-        usage.last = Instant::now();
-        usage.waiting.insert(to);
+    /// Notes that somebody is to get it, until what is returned is dropped. Whether it is of use shows only when a
+    /// piece is taken: a member that refuses it must not keep it alive.
+    pub(crate) fn lend(self: &Arc<Spool>) -> Lent {
+        self.usage.lock().sending += 1;
         Lent(self.clone())
+    }
+
+    /// A member has taken a piece.
+    pub(crate) fn taken(&self, by: NodeId) {
+        let mut usage = self.usage.lock();
+        usage.last = Instant::now();
+        usage.waiting.insert(by);
     }
 
     /// It was sent to its end, and the member has not taken it. That may be the member's or the network's fault
@@ -106,6 +115,12 @@ impl Spool {
 
     fn is_retired(&self) -> bool {
         self.usage.lock().is_retired
+    }
+
+    /// Whether somebody has got it, and nobody else waits for it.
+    fn is_over(&self) -> bool {
+        let usage = self.usage.lock();
+        usage.is_delivered && usage.sending == 0 && usage.waiting.is_empty()
     }
 
     /// Whether nobody has had use for it for long.
@@ -149,14 +164,15 @@ impl Drop for Spool {
     }
 }
 
-/// A spool that is being sent to one member.
+/// A spool that is being offered or sent to one member.
 pub(crate) struct Lent(Arc<Spool>);
 
 impl Drop for Lent {
     fn drop(&mut self) {
-        let mut usage = self.0.usage.lock();
-        usage.sending -= 1;
-        usage.last = Instant::now();
+        self.0.usage.lock().sending -= 1;
+        if self.0.is_over() {
+            self.0.retire();
+        }
     }
 }
 
@@ -193,6 +209,7 @@ pub(crate) struct Spools {
     /// Those of groups that are not open.
     found: Mutex<HashMap<GroupId, Arc<Spool>>>,
     shelf: Mutex<HashMap<GroupId, Arc<Spool>>>,
+    holds: Holds,
     /// Whether every member knows what an offer is.
     are_understood: AtomicBool,
 }
@@ -217,7 +234,8 @@ impl Spools {
             std::fs::remove_file(path)?;
         }
         let (found, shelf) = (Mutex::new(found), Mutex::default());
-        Ok(Spools { dir: dir.to_owned(), room, found, shelf, are_understood: AtomicBool::new(true) })
+        let (holds, are_understood) = (Holds::default(), AtomicBool::new(true));
+        Ok(Spools { dir: dir.to_owned(), room, found, shelf, holds, are_understood })
     }
 
     /// Whether a spool can be made and offered.
@@ -260,10 +278,16 @@ impl Spools {
         self.shelf.lock().get(&group).filter(|spool| !spool.is_retired()).cloned()
     }
 
+    /// For whom logs are kept besides those that get a spool.
+    pub(crate) fn holds(&self) -> &Holds {
+        &self.holds
+    }
+
     /// Whether a member needs the log as it is, to go on after the snapshot that it is getting. On a disk without
     /// room no log is kept for anybody.
     pub(crate) fn is_held(&self, group: GroupId) -> bool {
-        self.room.is_there() && self.of(group).is_some_and(|spool| spool.is_in_use())
+        let is_in_use = || self.of(group).is_some_and(|spool| spool.is_in_use());
+        self.room.is_there() && (self.holds.is_held(group) || is_in_use())
     }
 
     /// Writes an export to a file. Blocks.
@@ -318,16 +342,15 @@ impl Spools {
     }
 
     /// A member has got all of it. When nobody else waits for it, it goes.
-    pub(crate) fn delivered(&self, spool: &Spool, to: NodeId) {
-        let is_over = {
-            let mut usage = spool.usage.lock();
+    pub(crate) fn delivered(&self, lent: Lent, to: NodeId) {
+        {
+            let mut usage = lent.0.usage.lock();
             usage.waiting.remove(&to);
+            usage.is_delivered = true;
             usage.refusals = 0;
-            usage.waiting.is_empty()
-        };
-        if is_over {
-            self.drop_retired(|other| std::ptr::eq(other, spool));
         }
+        drop(lent);
+        self.drop_retired(|_| false);
     }
 
     /// The log is going to be dropped up to an index at most: what ends before it is of no use to anybody.
@@ -468,14 +491,43 @@ mod tests {
         let dir = tempfile::tempdir().expect("a directory");
         let spools = open(dir.path());
         let spool = make(&spools, 70);
-        let (first, second) = (spool.lend(MEMBER), spool.lend(NodeId(3)));
+        let (first, second) = (spool.lend(), spool.lend());
         assert!(spools.is_held(GROUP));
-        spools.delivered(&spool, MEMBER);
-        drop((first, second));
+        spool.taken(MEMBER);
+        spools.delivered(first, MEMBER);
+        assert!(spools.of(GROUP).is_some(), "the other one reads back what it has");
+        spool.taken(NodeId(3));
+        drop(second);
         assert!(spools.of(GROUP).is_some(), "the other one's stream has broken");
-        spools.delivered(&spool, NodeId(3));
+        spools.delivered(spool.lend(), NodeId(3));
         assert!(spools.of(GROUP).is_none() && !spools.is_held(GROUP));
         drop(spool);
+        assert_eq!(files(dir.path()), 0);
+
+        // The last attempt comes to nothing, and its member has got nothing.
+        let spool = make(&spools, 80);
+        let (first, second) = (spool.lend(), spool.lend());
+        spools.delivered(first, MEMBER);
+        drop((second, spool));
+        assert!(spools.of(GROUP).is_none());
+        spools.sweep();
+        assert_eq!(files(dir.path()), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_takes_nothing_keeps_neither_the_copy_nor_the_log() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let spools = open(dir.path());
+        let spool = make(&spools, 70);
+        for _ in 0..3 {
+            let lent = spool.lend();
+            tokio::time::advance(KEPT / 2).await;
+            assert!(spools.is_held(GROUP), "an offer is under way");
+            drop(lent);
+            assert!(!spools.is_held(GROUP), "it has come to nothing");
+        }
+        drop(spool);
+        spools.sweep();
         assert_eq!(files(dir.path()), 0);
     }
 
@@ -512,7 +564,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("a directory");
         let spools = open(dir.path());
         let spool = make(&spools, 70);
-        let lent = spool.lend(MEMBER);
+        let lent = spool.lend();
         spools.room.set(false);
         spools.sweep();
         assert!(!spools.is_held(GROUP));
