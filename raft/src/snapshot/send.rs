@@ -8,8 +8,8 @@ use bytes::Bytes;
 use futures::{Stream, StreamExt};
 use openraft::errors::{StreamingError, Unreachable};
 use openraft::raft::SnapshotResponse;
-use shoal_proto::NodeId;
 use shoal_proto::peer::{Piece, RaftKind};
+use shoal_proto::{GroupId, NodeId};
 
 use super::progress::Progress;
 use super::spool::{Spool, SpoolReader};
@@ -17,7 +17,7 @@ use super::{Header, Offer, SUM_BYTES, Snapshots, Throttle};
 use crate::machine::{Export, SnapshotData};
 use crate::network::Link;
 use crate::runtime::blocking;
-use crate::types::{SnapshotOf, TypeConfig, VoteOf};
+use crate::types::{SnapshotMetaOf, SnapshotOf, TypeConfig, VoteOf};
 
 /// How long a member may take to read back what it has of a snapshot.
 const OFFER_TIMEOUT: Duration = Duration::from_secs(120);
@@ -40,21 +40,17 @@ impl Snapshots {
             SnapshotData::File(_) => return Err(unreachable("a received file is not sent on".to_owned())),
             SnapshotData::Spool(spool) => spool,
             SnapshotData::Export(export) => {
-                let (this, copied) = (self.clone(), export.clone());
-                let has_room = blocking(move || Ok(this.spools().have_room_for(&*copied)));
-                if !self.spools().are_of_use() || !has_room.await.unwrap_or(false) {
-                    let header = Header { group, target, vote, meta, resumed: None }.write();
-                    let pieces = pieces(header.into(), export);
-                    let answer = self.stream(link, pieces, &Progress::new()).await?;
-                    self.spools().holds().delivered(group, target);
-                    return Ok(answer);
+                let copied = self.copy(group, &meta, &export).await;
+                match copied.map_err(|error| unreachable(error.to_string()))? {
+                    Some(spool) => spool,
+                    None => {
+                        let header = Header { group, target, vote, meta, resumed: None }.write();
+                        let pieces = pieces(header.into(), export);
+                        let answer = self.stream(link, pieces, &Progress::new()).await?;
+                        self.spools().holds().delivered(group, target);
+                        return Ok(answer);
+                    }
                 }
-                // Gone when openraft gives the attempt up, or the node stops.
-                let wish = Arc::new(());
-                let (this, export) = (self.clone(), Wanted { export, wish: Arc::downgrade(&wish) });
-                let made = blocking(move || this.spools().make(group, meta, &export)).await;
-                drop(wish);
-                made.map_err(|error| unreachable(error.to_string()))?
             }
         };
         // From the offer on: while the member reads back what it has, the log and this copy must stay.
@@ -76,6 +72,35 @@ impl Snapshots {
         self.spools().holds().delivered(group, target);
         self.spools().delivered(lent, target);
         Ok(answer)
+    }
+
+    /// A copy of an export, or one of the same group that was made meanwhile; none when it cannot be offered, or
+    /// there is no room for it.
+    async fn copy(
+        &self,
+        group: GroupId,
+        meta: &SnapshotMetaOf<TypeConfig>,
+        export: &Arc<dyn Export>,
+    ) -> io::Result<Option<Arc<Spool>>> {
+        let turn = self.spools().turn(group);
+        let _turn = turn.lock().await;
+        if let Some(spool) = self.spools().of(group) {
+            return Ok(Some(spool));
+        }
+        if !self.spools().are_of_use() {
+            return Ok(None);
+        }
+        // Gone when openraft gives the attempt up, or the node stops.
+        let wish = Arc::new(());
+        let export = Wanted { export: export.clone(), wish: Arc::downgrade(&wish) };
+        let (this, meta) = (self.clone(), meta.clone());
+        let made = blocking(move || match this.spools().have_room_for(&export) {
+            true => this.spools().make(group, meta, &export).map(Some),
+            false => Ok(None),
+        });
+        let made = made.await;
+        drop(wish);
+        made
     }
 
     /// Sends pieces at the node's pace, for as long as they are taken.
@@ -207,4 +232,36 @@ fn framed(header: Bytes, data: Option<Vec<u8>>) -> Piece {
     framed.extend_from_slice(&crc32fast::hash(&body).to_le_bytes());
     framed.extend_from_slice(&body);
     Piece { header, data: framed.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use parking_lot::Mutex;
+
+    use super::*;
+
+    struct Pieces(Mutex<usize>);
+
+    impl Export for Pieces {
+        fn next_piece(&self) -> io::Result<Option<Vec<u8>>> {
+            let mut left = self.0.lock();
+            *left = left.saturating_sub(1);
+            Ok((*left > 0).then(|| vec![7; 10]))
+        }
+    }
+
+    #[tokio::test]
+    async fn two_members_that_are_too_far_behind_get_one_copy() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let snapshots = Snapshots::open(dir.path(), 0, 0).expect("opens");
+        let (group, meta) = (GroupId(5), SnapshotMetaOf::<TypeConfig>::default());
+        let exports = [5, 5].map(|left| Arc::new(Pieces(Mutex::new(left))));
+        let [first, second] = exports.clone().map(|export| -> Arc<dyn Export> { export });
+        let copies =
+            futures::join!(snapshots.copy(group, &meta, &first), snapshots.copy(group, &meta, &second));
+        let ids = [copies.0, copies.1].map(|copy| copy.expect("made").expect("there is room").id);
+        assert_eq!(ids[0], ids[1]);
+        let left: usize = exports.iter().map(|export| *export.0.lock()).sum();
+        assert_eq!(left, 5, "one of the exports was not read");
+    }
 }

@@ -202,6 +202,9 @@ impl SpoolReader {
     }
 }
 
+/// Passed by whoever is to make a group's spool. It is held while one is made, so it is a lock of tasks.
+type Turn = Arc<tokio::sync::Mutex<()>>;
+
 /// All spools of this node.
 pub(crate) struct Spools {
     dir: PathBuf,
@@ -209,6 +212,7 @@ pub(crate) struct Spools {
     /// Those of groups that are not open.
     found: Mutex<HashMap<GroupId, Arc<Spool>>>,
     shelf: Mutex<HashMap<GroupId, Arc<Spool>>>,
+    turns: Mutex<HashMap<GroupId, Turn>>,
     holds: Holds,
     /// Whether every member knows what an offer is.
     are_understood: AtomicBool,
@@ -235,7 +239,8 @@ impl Spools {
         }
         let (found, shelf) = (Mutex::new(found), Mutex::default());
         let (holds, are_understood) = (Holds::default(), AtomicBool::new(true));
-        Ok(Spools { dir: dir.to_owned(), room, found, shelf, holds, are_understood })
+        let turns = Mutex::default();
+        Ok(Spools { dir: dir.to_owned(), room, found, shelf, turns, holds, are_understood })
     }
 
     /// Whether a spool can be made and offered.
@@ -288,6 +293,12 @@ impl Spools {
     pub(crate) fn is_held(&self, group: GroupId) -> bool {
         let is_in_use = || self.of(group).is_some_and(|spool| spool.is_in_use());
         self.room.is_there() && (self.holds.is_held(group) || is_in_use())
+    }
+
+    /// A group's turn to make a spool: of several members that are too far behind one makes it, and the others find
+    /// it once they have the turn.
+    pub(crate) fn turn(&self, group: GroupId) -> Turn {
+        self.turns.lock().entry(group).or_default().clone()
     }
 
     /// Writes an export to a file. Blocks.
@@ -364,6 +375,7 @@ impl Spools {
 
     /// Deletes what is here of a group.
     pub(crate) fn retire(&self, group: GroupId) {
+        self.turns.lock().remove(&group);
         let (kept, found) = (self.shelf.lock().remove(&group), self.found.lock().remove(&group));
         kept.iter().chain(&found).for_each(|spool| spool.retire());
     }
