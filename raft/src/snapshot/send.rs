@@ -188,6 +188,11 @@ fn spooled(
         let spool = spool.clone();
         async move {
             let Reading { header, reader } = reading?;
+            // Where it ends no log begins any more, or the state that it was made of is gone.
+            if spool.is_retired() {
+                tracing::info!("a snapshot is not sent to its end, since it is of no use any more");
+                return None;
+            }
             if reader.is_some() {
                 spool.taken(to);
             }
@@ -248,6 +253,20 @@ mod tests {
             *left = left.saturating_sub(1);
             Ok((*left > 0).then(|| vec![7; 10]))
         }
+    }
+
+    #[tokio::test]
+    async fn a_copy_that_is_of_no_use_any_more_is_not_sent_to_its_end() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let snapshots = Snapshots::open(dir.path(), 0, 0).expect("opens");
+        let export: Arc<dyn Export> = Arc::new(Pieces(Mutex::new(5)));
+        let meta = SnapshotMetaOf::<TypeConfig>::default();
+        let copied = snapshots.copy(GroupId(5), &meta, &export).await;
+        let spool = copied.expect("made").expect("there is room");
+        let mut pieces = spooled(spool.clone(), NodeId(2), Bytes::from_static(b"header"), 0).boxed();
+        assert!(pieces.next().await.is_some_and(|piece| piece.data.len() > SUM_BYTES));
+        spool.retire();
+        assert_eq!(pieces.next().await, None);
     }
 
     #[tokio::test]

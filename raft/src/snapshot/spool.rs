@@ -113,7 +113,8 @@ impl Spool {
         }
     }
 
-    fn is_retired(&self) -> bool {
+    /// Whether it is of no use any more.
+    pub(crate) fn is_retired(&self) -> bool {
         self.usage.lock().is_retired
     }
 
