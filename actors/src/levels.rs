@@ -178,6 +178,8 @@ pub(crate) fn keep_raising(cluster: Cluster) {
 /// Promises what is in force already, and goes by it: on a node that has just joined, and on one that was away.
 pub(crate) fn keep_promising(cluster: Cluster) {
     let mut watch = cluster.watch();
+    // At once: a snapshot that was being sent when this process ended goes on when its shard opens.
+    cluster.groups().set_snapshot_offers(cluster.state().level >= Level::SNAPSHOT_OFFERS);
     tokio::spawn(async move {
         loop {
             let level = watch.borrow_and_update().level;

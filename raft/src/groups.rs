@@ -135,8 +135,8 @@ impl Groups {
         self.inner.snapshots.set_room(has_room);
     }
 
-    /// Says whether all nodes are of builds to which a snapshot can be offered. To those from before that it is sent as it
-    /// is read.
+    /// Says whether all nodes are of builds to which a snapshot can be offered. To those from before that, and until
+    /// this is said, it is sent as it is read.
     pub fn set_snapshot_offers(&self, are_understood: bool) {
         self.inner.snapshots.spools().set_understood(are_understood);
     }

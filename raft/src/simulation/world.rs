@@ -207,6 +207,7 @@ impl World {
         let peers = Peers::over(Arc::new(end), boot);
         let dir = self.dir.path().join(boot.to_string());
         let groups = Groups::new(node, log, peers, &config(self.seed), &dir, 0).expect("a directory");
+        groups.set_snapshot_offers(true);
         self.net.start(node, Running { life: life.clone(), boot, groups: groups.clone() });
         let watch = groups.clone();
         TypeConfig::spawn(life.clone().live(async move { watch.keep_watch().await }));

@@ -241,6 +241,8 @@ fn framed(header: Bytes, data: Option<Vec<u8>>) -> Piece {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use parking_lot::Mutex;
 
     use super::*;
@@ -255,10 +257,16 @@ mod tests {
         }
     }
 
+    fn open(dir: &Path) -> Snapshots {
+        let snapshots = Snapshots::open(dir, 0, 0).expect("opens");
+        snapshots.spools().set_understood(true);
+        snapshots
+    }
+
     #[tokio::test]
     async fn a_copy_that_is_of_no_use_any_more_is_not_sent_to_its_end() {
         let dir = tempfile::tempdir().expect("a directory");
-        let snapshots = Snapshots::open(dir.path(), 0, 0).expect("opens");
+        let snapshots = open(dir.path());
         let export: Arc<dyn Export> = Arc::new(Pieces(Mutex::new(5)));
         let meta = SnapshotMetaOf::<TypeConfig>::default();
         let copied = snapshots.copy(GroupId(5), &meta, &export).await;
@@ -272,7 +280,7 @@ mod tests {
     #[tokio::test]
     async fn two_members_that_are_too_far_behind_get_one_copy() {
         let dir = tempfile::tempdir().expect("a directory");
-        let snapshots = Snapshots::open(dir.path(), 0, 0).expect("opens");
+        let snapshots = open(dir.path());
         let (group, meta) = (GroupId(5), SnapshotMetaOf::<TypeConfig>::default());
         let exports = [5, 5].map(|left| Arc::new(Pieces(Mutex::new(left))));
         let [first, second] = exports.clone().map(|export| -> Arc<dyn Export> { export });

@@ -220,7 +220,8 @@ pub(crate) struct Spools {
 }
 
 impl Spools {
-    /// Opens the folder. What was begun and not ended is deleted, and what is old.
+    /// Opens the folder. What was begun and not ended is deleted, and what is old. Until somebody says otherwise
+    /// there may be members that do not know what an offer is.
     pub(crate) fn open(dir: &Path, room: Room) -> io::Result<Spools> {
         std::fs::create_dir_all(dir)?;
         let mut found = HashMap::new();
@@ -239,12 +240,12 @@ impl Spools {
             std::fs::remove_file(path)?;
         }
         let (found, shelf) = (Mutex::new(found), Mutex::default());
-        let (holds, are_understood) = (Holds::default(), AtomicBool::new(true));
+        let (holds, are_understood) = (Holds::default(), AtomicBool::new(false));
         let turns = Mutex::default();
         Ok(Spools { dir: dir.to_owned(), room, found, shelf, turns, holds, are_understood })
     }
 
-    /// Whether a spool can be made and offered.
+    /// Whether a spool can be made, kept and offered.
     pub(crate) fn are_of_use(&self) -> bool {
         self.room.is_there() && self.are_understood.load(Ordering::Relaxed)
     }
@@ -281,6 +282,9 @@ impl Spools {
 
     /// The snapshot that members of a group get, if one has been made and is still of use.
     pub(crate) fn of(&self, group: GroupId) -> Option<Arc<Spool>> {
+        if !self.are_of_use() {
+            return None;
+        }
         self.shelf.lock().get(&group).filter(|spool| !spool.is_retired()).cloned()
     }
 
@@ -444,7 +448,9 @@ mod tests {
     }
 
     fn open(dir: &Path) -> Spools {
-        Spools::open(dir, Room::above(dir, 0)).expect("opens")
+        let spools = Spools::open(dir, Room::above(dir, 0)).expect("opens");
+        spools.set_understood(true);
+        spools
     }
 
     fn make(spools: &Spools, index: u64) -> Arc<Spool> {
@@ -585,6 +591,17 @@ mod tests {
         drop((lent, spool));
         spools.sweep();
         assert_eq!(files(dir.path()), 0);
+    }
+
+    #[test]
+    fn nothing_is_offered_to_those_who_may_not_understand_it() {
+        let dir = tempfile::tempdir().expect("a directory");
+        drop(make(&open(dir.path()), 70));
+        let spools = Spools::open(dir.path(), Room::above(dir.path(), 0)).expect("opens");
+        spools.adopt(GROUP, 0);
+        assert!(spools.of(GROUP).is_none());
+        spools.set_understood(true);
+        assert!(spools.of(GROUP).is_some());
     }
 
     #[test]
