@@ -111,10 +111,13 @@ impl Groups {
         if offer.vote.leader_id.term < status.term {
             return Err(Error::NotLeader { group: id, leader: status.leader });
         }
+        let snapshots = self.inner.snapshots.clone();
         if group.has_applied(&offer.meta) {
+            // Nobody will go on with what may have come of it, or of an earlier one.
+            let forgotten = blocking(move || snapshots.inbox().forget(id)).await;
+            forgotten.map_err(|error| Error::Timeout { group: id, reason: error.to_string() })?;
             return Ok(offer.id.pieces);
         }
-        let snapshots = self.inner.snapshots.clone();
         let held =
             blocking(move || snapshots.inbox().offered(id, &offer.id, &codec::encode(&offer.meta))).await;
         held.map_err(|error| Error::Timeout { group: id, reason: error.to_string() })
