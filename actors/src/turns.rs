@@ -42,8 +42,10 @@ pub(crate) struct Candidate {
 fn next(candidates: &[Candidate], asked: &[NodeId], rotation: usize) -> Option<NodeId> {
     let key = |(at, candidate): &(usize, &Candidate)| {
         let turns = asked.iter().filter(|node| **node == candidate.node).count();
-        let equals = candidates.iter().filter(|other| other.place == candidate.place).count();
-        let tie = (at + rotation % equals) % equals;
+        let count = |some: &[Candidate]| some.iter().filter(|other| other.place == candidate.place).count();
+        // Its place among its equals: others may stand between them.
+        let (rank, equals) = (count(&candidates[..*at]), count(candidates));
+        let tie = (rank + rotation % equals) % equals;
         (turns, candidate.is_silent, candidate.place, candidate.under_way, tie)
     };
     candidates.iter().enumerate().min_by_key(key).map(|(_, candidate)| candidate.node)
@@ -142,6 +144,17 @@ mod tests {
             *begins.entry(order(&candidates, rotation)[0]).or_default() += 1;
         }
         assert_eq!(begins, BTreeMap::from([(1, 10), (2, 10), (3, 10)]));
+    }
+
+    #[test]
+    fn a_node_in_the_middle_of_its_replicas_asks_the_others_equally_often() {
+        let mut candidates = replicas(&[1, 2, 3]);
+        candidates[1].place = Place::Here;
+        let mut seconds = BTreeMap::<u64, u32>::new();
+        for rotation in 0..30 {
+            *seconds.entry(order(&candidates, rotation)[1]).or_default() += 1;
+        }
+        assert_eq!(seconds, BTreeMap::from([(1, 15), (3, 15)]));
     }
 
     #[test]
