@@ -127,6 +127,11 @@ pub(crate) enum Call {
 }
 
 impl Call {
+    /// Whether it may take so long that a late answer says nothing of the way to the node.
+    pub(crate) fn may_take_long(&self) -> bool {
+        matches!(self, Call::Parse { .. } | Call::Embed { .. } | Call::StateSums { .. })
+    }
+
     /// The label `kind` of the calls that are counted.
     pub(crate) fn kind(&self) -> &'static str {
         match self {

@@ -213,6 +213,11 @@ impl Cluster {
         drop(self.inner.promise.set(promise));
     }
 
+    /// Asks nodes over the mesh.
+    pub(crate) fn mesh(&self) -> &mesh::Caller {
+        &self.inner.mesh
+    }
+
     pub(crate) fn promise(&self) -> Option<&Arc<Promise>> {
         self.inner.promise.get()
     }

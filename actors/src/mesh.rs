@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  Mesh ── supervises ─▶ NodeServer (listens, authenticates by the cluster secret)
-//!   └── dials every member with a higher id, again and again, until a session stands
+//!   └── dials every member with a higher id, again and again, until a session stands and carries
 //!  Server (one a node) ── joins ─▶ group `node-<id>`, visible on every node
 //!  Pools (crate::pool) ── join ─▶ groups `parsers` and `embedders`
 //! ```
@@ -10,28 +10,31 @@
 //! The library does not redial, does not notice a silent partition, and kills a session at an
 //! oversized frame. So: sessions are dialled from a tick; remote references are looked up by
 //! group for every call and never kept; every call has a time-out, and a node that did not keep it
-//! is asked over gRPC alone for a while ([`DOUBT`]); and nothing over [`limits::MAX_MESH_BYTES`] is
-//! sent. Its listener takes one handshake at a time, so that one silent stranger would close it to
-//! everybody: connections are accepted here ([`crate::tls`]), and the library's own listener sits
-//! on a loopback port that nobody is told of.
+//! is asked over gRPC alone for a while ([`DOUBT`]); every session is probed, and ended when it carries
+//! nothing ([`probes`]); and nothing over [`limits::MAX_MESH_BYTES`] is sent. Its listener takes one
+//! handshake at a time, so that one silent stranger would close it to everybody: connections are accepted
+//! here ([`crate::tls`]), and the library's own listener sits on a loopback port that nobody is told of.
 
-use std::collections::{BTreeMap, HashSet};
+mod probes;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
+use futures::future::join_all;
 use futures::stream::FuturesUnordered;
 use parking_lot::Mutex;
 use ractor::rpc::CallResult;
-use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent, pg};
+use ractor::{Actor, ActorCell, ActorId, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent, pg};
 use ractor_cluster::node::NodeConnectionMode;
 use ractor_cluster::{
     IncomingEncryptionMode, NetworkStream, NodeServer, NodeServerMessage, RactorClusterMessage, RactorMessage,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use shoal_proto::{Error, ErrorCode, NodeId, codec};
+use shoal_proto::{Error, ErrorCode, GroupId, NodeId, codec};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
@@ -39,6 +42,7 @@ use tokio::task::JoinHandle;
 use crate::call::{Call, Reply};
 use crate::cluster::Cluster;
 use crate::limits;
+use crate::mesh::probes::Probes;
 use crate::pool::{Kind, PoolMessage};
 use crate::tls::{Incoming, PeerTls};
 
@@ -48,8 +52,9 @@ pub(crate) const SCOPE: &str = "shoal";
 const DIAL_TICK: Duration = Duration::from_millis(500);
 /// How long one dial may take.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(2);
-/// How long a node is asked over gRPC alone after it did not answer over the mesh: the library does
-/// not notice a session that stands and carries nothing.
+/// How long a node may take to answer a probe.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a node is asked over gRPC alone after it did not answer over the mesh, unless it answers a probe.
 const DOUBT: Duration = Duration::from_secs(10);
 /// How long a node may take to say whether it has room.
 const ROOM_TIMEOUT: Duration = Duration::from_millis(100);
@@ -169,9 +174,34 @@ impl Caller {
         };
         metrics::counter!("shoal_mesh_calls_total", "kind" => call.kind(), "outcome" => outcome).increment(1);
         if matches!(asked, Err(NoAnswer::TimedOut)) {
-            self.timed_out.lock().insert(node, Instant::now());
+            self.note_late(node, call);
         }
         asked
+    }
+
+    /// Asks a node something that costs it nothing. Returns whether the session to it carries anything; none when
+    /// there is none.
+    async fn probe(&self, node: NodeId) -> Option<bool> {
+        // Refused at once, by builds of any age: the control group has no replica of a shard.
+        let question = Call::StateSums { group: GroupId::CONTROL };
+        match ask(node, &question, PROBE_TIMEOUT).await {
+            Ok(_) | Err(NoAnswer::TooLarge) => {
+                self.timed_out.lock().remove(&node);
+                Some(true)
+            }
+            Err(NoAnswer::TimedOut) => {
+                self.timed_out.lock().insert(node, Instant::now());
+                Some(false)
+            }
+            Err(NoAnswer::Unreachable) => None,
+        }
+    }
+
+    /// A call was not answered in time. What may take long says nothing of the way to the node.
+    fn note_late(&self, node: NodeId, call: &Call) {
+        if !call.may_take_long() {
+            self.timed_out.lock().insert(node, Instant::now());
+        }
     }
 
     fn is_doubted(&self, node: NodeId, now: Instant) -> bool {
@@ -239,7 +269,7 @@ pub(crate) struct MeshArguments {
 
 #[derive(RactorMessage)]
 pub(crate) enum MeshMessage {
-    /// Dial the members without a session.
+    /// Dial the members without a session, and end the sessions that carry nothing.
     Dial,
 }
 
@@ -247,6 +277,7 @@ pub(crate) struct MeshState {
     cluster: Cluster,
     server: ActorRef<NodeServerMessage>,
     tls: PeerTls,
+    probes: Probes,
     _accepting: Accepting,
 }
 
@@ -287,7 +318,7 @@ impl Actor for Mesh {
             accepts.accept(listener, false, move |incoming| open_session(&sessions, incoming)).await;
         });
         myself.send_interval(DIAL_TICK, || MeshMessage::Dial);
-        Ok(MeshState { cluster, server, tls, _accepting: Accepting(accepting) })
+        Ok(MeshState { cluster, server, tls, probes: Probes::default(), _accepting: Accepting(accepting) })
     }
 
     async fn handle(
@@ -297,7 +328,7 @@ impl Actor for Mesh {
         state: &mut MeshState,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            MeshMessage::Dial => state.dial().await,
+            MeshMessage::Dial => state.keep_sessions().await,
         }
         Ok(())
     }
@@ -324,20 +355,47 @@ impl Actor for Mesh {
 }
 
 impl MeshState {
-    /// Of each pair the node with the lower id dials, so that two dials never cross.
-    async fn dial(&self) {
+    async fn keep_sessions(&mut self) {
         let Ok(sessions) = ractor::call_t!(self.server, NodeServerMessage::GetSessions, 1000) else { return };
-        let connected: HashSet<String> = sessions
-            .values()
-            .filter_map(|session| session.peer_name.as_ref())
-            .filter_map(|name| name.name.split('@').next().map(str::to_owned))
+        let connected: BTreeMap<String, ActorCell> = sessions
+            .into_values()
+            .filter_map(|session| {
+                let name = session.peer_name?.name.split('@').next()?.to_owned();
+                Some((name, session.actor.get_cell()))
+            })
             .collect();
         metrics::gauge!("shoal_mesh_sessions").set(connected.len() as f64);
+        self.dial(&connected).await;
+        self.probe(&connected).await;
+    }
+
+    /// Ends the sessions that carry nothing.
+    async fn probe(&mut self, connected: &BTreeMap<String, ActorCell>) {
+        let sessions: BTreeSet<ActorId> = connected.values().map(ActorCell::get_id).collect();
+        if !self.probes.are_due(&sessions, Instant::now()) {
+            return;
+        }
+        let state = self.cluster.state();
+        let sessions = state.nodes.keys().filter_map(|id| Some((*id, connected.get(&session_name(*id))?)));
+        let caller = self.cluster.mesh();
+        let asked = sessions.map(|(id, session)| async move { (id, session, caller.probe(id).await) });
+        for (id, session, has_carried) in join_all(asked).await {
+            // Of a node whose server is not there just now nothing can be said.
+            let Some(has_carried) = has_carried else { continue };
+            if self.probes.note(session.get_id(), has_carried) {
+                tracing::warn!(peer = id.0, "a session of the mesh carries nothing and is ended");
+                session.stop(Some("it carries nothing".into()));
+            }
+        }
+    }
+
+    /// Of each pair the node with the lower id dials, so that two dials never cross.
+    async fn dial(&self, connected: &BTreeMap<String, ActorCell>) {
         let state = self.cluster.state();
         let missing = state
             .nodes
             .iter()
-            .filter(|(id, _)| **id > self.cluster.node() && !connected.contains(&session_name(**id)));
+            .filter(|(id, _)| **id > self.cluster.node() && !connected.contains_key(&session_name(**id)));
         for (id, node) in missing {
             let (connector, name) = self.tls.connector();
             let address = node.addresses.mesh.as_str();
@@ -380,5 +438,15 @@ mod tests {
         let asked = caller.ask(node, &Call::Report, Duration::from_secs(1)).await;
         assert!(matches!(asked, Err(NoAnswer::Unreachable)), "{asked:?}");
         assert!(!caller.is_doubted(node, now + DOUBT));
+    }
+
+    #[test]
+    fn a_call_that_may_take_long_casts_no_doubt_on_a_node() {
+        let (caller, node) = (Caller::default(), NodeId(2));
+        caller.note_late(node, &Call::StateSums { group: GroupId(3) });
+        caller.note_late(node, &Call::Parse { filename: "a.pdf".into(), bytes: Default::default() });
+        assert!(!caller.is_doubted(node, Instant::now()));
+        caller.note_late(node, &Call::Report);
+        assert!(caller.is_doubted(node, Instant::now()));
     }
 }
