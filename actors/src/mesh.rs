@@ -58,6 +58,8 @@ const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 const DOUBT: Duration = Duration::from_secs(10);
 /// How long a node may take to say whether it has room.
 const ROOM_TIMEOUT: Duration = Duration::from_millis(100);
+/// How often it is looked whether somebody still waits for the answer to a call.
+const CLOSED_TICK: Duration = Duration::from_millis(250);
 /// Calls that one node serves over the mesh at once; beyond them it says that it is busy.
 const MAX_CALLS: usize = 256;
 
@@ -127,7 +129,11 @@ impl ServerState {
             let reply = match (call.0, permit) {
                 (Err(reason), _) => refuse(ErrorCode::InvalidArgument, reason),
                 (_, Err(_)) => refuse(ErrorCode::Busy, "this node serves too many calls".into()),
-                (Ok(call), Ok(_permit)) => cluster.serve(call).await,
+                (Ok(call), Ok(_permit)) => tokio::select! {
+                    biased;
+                    reply = cluster.serve(call) => reply,
+                    () = closed(&port) => return,
+                },
             };
             let reply = match codec::encoded_len(&reply) > limits::MAX_MESH_BYTES {
                 true => Reply::UseGrpc,
@@ -135,6 +141,13 @@ impl ServerState {
             };
             drop(port.send(Wire(Ok(reply))));
         });
+    }
+}
+
+/// Ends some time after nobody waits for an answer any more. Writes do not come over the mesh: none is broken off.
+async fn closed(port: &RpcReplyPort<Wire<Reply>>) {
+    while !port.is_closed() {
+        tokio::time::sleep(CLOSED_TICK).await;
     }
 }
 
