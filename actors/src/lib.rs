@@ -83,7 +83,7 @@ pub use root::{NodeConfig, Running, start};
 
 /// The built-in collection of `/v1/files`.
 pub const FILES_COLLECTION: &str = "_files";
-/// The exit code of a node of which one part failed again and again.
+/// The exit code of a node of which a part failed again and again without which it is of no use.
 pub const EXIT_PART_FAILED: i32 = 70;
 /// The exit code of a node that was removed from its cluster.
 pub const EXIT_REMOVED: i32 = 76;

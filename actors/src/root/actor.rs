@@ -1,13 +1,19 @@
 //! The root actor: spawns the children and brings back the ones that fail, after a pause that grows.
-//! Above it is only the process: a child that fails again and again ends it, so that whoever runs the
-//! node sees it and may put it elsewhere.
+//!
+//! | fails again and again | then |
+//! |---|---|
+//! | `Server`, `Shards` | the process ends, so that whoever runs the node sees it and may put it elsewhere |
+//! | `Placement`, `Reshards` | the control group is handed over, on whose leader alone they act |
+//! | all others | nothing: without them the node does less, and it goes on trying |
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, SupervisionEvent};
 use ractor_cluster::RactorMessage;
+use shoal_proto::GroupId;
 
+use super::start::heir_of;
 use crate::cluster::Cluster;
 use crate::ingest::{Ingests, IngestsArguments};
 use crate::mesh::{Mesh, MeshArguments, Server};
@@ -18,7 +24,7 @@ use crate::restarts::Restarts;
 use crate::shards::{Shards, ShardsArguments};
 use crate::work::Work;
 
-/// After so many failures in a row, which takes more than three minutes, the node ends.
+/// After so many failures in a row, which takes more than three minutes, a part is given up.
 const MAX_FAILURES: u32 = 12;
 
 pub(super) struct Root;
@@ -48,6 +54,27 @@ pub(super) enum Child {
     Ingests,
     Placement,
     Reshards,
+}
+
+/// What is done about a part that fails again and again, besides trying on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Consequence {
+    /// The node ends: it is of no use without the part, and others can take its place.
+    End,
+    /// Another node leads the control group: where it is led, the part does its work.
+    HandOver,
+    /// None.
+    Nothing,
+}
+
+impl Child {
+    fn consequence(self) -> Consequence {
+        match self {
+            Child::Server | Child::Shards => Consequence::End,
+            Child::Placement | Child::Reshards => Consequence::HandOver,
+            Child::Mesh | Child::Pool(_) | Child::Ingests => Consequence::Nothing,
+        }
+    }
 }
 
 /// In the order in which they are started.
@@ -136,13 +163,19 @@ impl Actor for Root {
 }
 
 impl RootState {
-    /// Starts a child that has failed once its pause is over, or ends the node.
+    /// Starts a child that has failed once its pause is over. Ends the node, or hands over, when that has been of
+    /// no use.
     fn start_later(&mut self, child: Child, myself: &ActorRef<RootMessage>) {
         let failures = self.failures.entry(child).or_default();
         let pause = failures.note(Instant::now());
         if failures.in_a_row() >= MAX_FAILURES {
-            tracing::error!(?child, "a part of the node fails again and again: this node stops");
-            std::process::exit(crate::EXIT_PART_FAILED);
+            let consequence = child.consequence();
+            tracing::error!(?child, ?consequence, "a part of the node fails again and again");
+            match consequence {
+                Consequence::End => std::process::exit(crate::EXIT_PART_FAILED),
+                Consequence::HandOver => hand_control_over(self.arguments.cluster.clone()),
+                Consequence::Nothing => {}
+            }
         }
         myself.send_after(pause, move || RootMessage::Start(child));
     }
@@ -171,5 +204,29 @@ impl RootState {
                 Actor::spawn_linked(None, Reshards, arguments.reshards, parent).await?.0.get_cell()
             }
         })
+    }
+}
+
+/// Asks another voter to lead the control group, if this node does.
+fn hand_control_over(cluster: Cluster) {
+    tokio::spawn(async move {
+        let Ok(control) = cluster.groups().get(GroupId::CONTROL) else { return };
+        let Some(heir) = heir_of(&control.status(), cluster.node()).filter(|_| control.is_leader()) else {
+            return;
+        };
+        if let Err(error) = control.transfer_leader(heir).await {
+            tracing::warn!(%error, "the control group could not be handed over");
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_a_node_is_of_no_use_without_ends_it() {
+        let ends = ALL.into_iter().filter(|child| child.consequence() == Consequence::End);
+        assert_eq!(ends.collect::<Vec<_>>(), [Child::Server, Child::Shards]);
     }
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use ractor::{Actor, ActorRef};
 use shoal_proto::{Error, ErrorCode, GroupId, Level, NodeId};
 use shoal_raft::cluster::{Addresses, Command, Drain, Node, Response, too_old};
-use shoal_raft::{Groups, LogConfig, LogStore, Peers, RaftConfig};
+use shoal_raft::{GroupStatus, Groups, LogConfig, LogStore, Peers, RaftConfig};
 
 use super::actor::{Root, RootArguments, RootMessage};
 use crate::backup::{BackupConfig, Backups};
@@ -444,18 +444,18 @@ impl Running {
     }
 }
 
+/// The voter that has most of a group, besides this node, which leads it.
+pub(super) fn heir_of(status: &GroupStatus, node: NodeId) -> Option<NodeId> {
+    let others = status.matched.iter().filter(|(id, _)| **id != node && status.voters.contains(*id));
+    others.max_by_key(|(_, matched)| **matched).map(|(heir, _)| *heir)
+}
+
 /// Asks a member that is up to date to lead each group that this node leads.
 async fn hand_over(cluster: &Cluster) {
     let node = cluster.node();
     for group in cluster.groups().all() {
-        let status = group.status();
-        let heir = status
-            .matched
-            .iter()
-            .filter(|(id, _)| **id != node && status.voters.contains(*id))
-            .max_by_key(|(_, matched)| **matched);
-        if let Some((heir, _)) = heir.filter(|_| group.is_leader())
-            && let Err(error) = group.transfer_leader(*heir).await
+        if let Some(heir) = heir_of(&group.status(), node).filter(|_| group.is_leader())
+            && let Err(error) = group.transfer_leader(heir).await
         {
             tracing::warn!(group = group.id().0, %error, "leadership could not be handed over");
         }
