@@ -764,10 +764,10 @@ impl Cluster {
         }
     }
 
-    /// Whether this node leads a shard that is frozen, by what is applied here. What is refused for that before
-    /// it is proposed need not be refused when it is applied, which is what counts: a log that nothing comes of
-    /// does not grow while clients try again. Before all nodes tell what may come into such a log, it is left to
-    /// the log: what thaws a shard looks like any other proposal.
+    /// Whether this node leads a shard that is frozen, by what is applied here. What is refused for that
+    /// before it is proposed need not be refused when it is applied, which is what counts: a log that nothing
+    /// comes of does not grow while clients try again. Before all nodes tell what may come into such a log,
+    /// it is left to the log: what thaws a shard looks like any other proposal.
     fn leads_frozen(&self, group: GroupId) -> bool {
         if self.state().level < Level::PASSES_FREEZE {
             return false;

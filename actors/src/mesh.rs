@@ -144,7 +144,8 @@ impl ServerState {
     }
 }
 
-/// Ends some time after nobody waits for an answer any more. Writes do not come over the mesh: none is broken off.
+/// Ends some time after nobody waits for an answer any more. Writes do not come over the mesh: none is broken
+/// off.
 async fn closed(port: &RpcReplyPort<Wire<Reply>>) {
     while !port.is_closed() {
         tokio::time::sleep(CLOSED_TICK).await;
@@ -192,8 +193,8 @@ impl Caller {
         asked
     }
 
-    /// Asks a node something that costs it nothing. Returns whether the session to it carries anything; none when
-    /// there is none.
+    /// Asks a node something that costs it nothing. Returns whether the session to it carries anything; none
+    /// when there is none.
     async fn probe(&self, node: NodeId) -> Option<bool> {
         // Refused at once, by builds of any age: the control group has no replica of a shard.
         let question = Call::StateSums { group: GroupId::CONTROL };

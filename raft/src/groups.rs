@@ -77,9 +77,9 @@ struct Inner {
 }
 
 impl Groups {
-    /// No groups yet. Snapshots on their way in and out are in the folders `incoming` and `outgoing` of `dir`,
-    /// which is on the same file system as the data; what can be gone on with stays there. Of that file system
-    /// `reserve_bytes` stay free.
+    /// No groups yet. Snapshots on their way in and out are in the folders `incoming` and `outgoing` of
+    /// `dir`, which is on the same file system as the data; what can be gone on with stays there. Of that
+    /// file system `reserve_bytes` stay free.
     pub fn new(
         node: NodeId,
         log: LogStore,
@@ -129,14 +129,14 @@ impl Groups {
         self.inner.snapshots.throttle()
     }
 
-    /// Says whether the disk has room for snapshots. Without it one is sent as it is read, and begins anew after a
-    /// break; none is taken in, and what is here of them is deleted.
+    /// Says whether the disk has room for snapshots. Without it one is sent as it is read, and begins anew
+    /// after a break; none is taken in, and what is here of them is deleted.
     pub fn set_room(&self, has_room: bool) {
         self.inner.snapshots.set_room(has_room);
     }
 
-    /// Says whether all nodes are of builds to which a snapshot can be offered. To those from before that, and until
-    /// this is said, it is sent as it is read.
+    /// Says whether all nodes are of builds to which a snapshot can be offered. To those from before that,
+    /// and until this is said, it is sent as it is read.
     pub fn set_snapshot_offers(&self, are_understood: bool) {
         self.inner.snapshots.spools().set_understood(are_understood);
     }
@@ -153,8 +153,8 @@ impl Groups {
         }
     }
 
-    /// Keeps no log any longer for members that have got a snapshot and do not need it any more: they have nearly
-    /// all, or another node leads.
+    /// Keeps no log any longer for members that have got a snapshot and do not need it any more: they have
+    /// nearly all, or another node leads.
     pub(crate) fn release_logs(&self) {
         let holds = self.inner.snapshots.spools().holds();
         // Who lacks more than is kept behind a checkpoint would need another snapshot after it.

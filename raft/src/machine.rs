@@ -211,8 +211,8 @@ impl RaftStateMachine<TypeConfig> for Machine {
         Ok(())
     }
 
-    /// None while a member gets a snapshot, and goes on from there: after a checkpoint the log would be dropped that
-    /// it needs for that.
+    /// None while a member gets a snapshot, and goes on from there: after a checkpoint the log would be
+    /// dropped that it needs for that.
     async fn try_create_snapshot_builder(&mut self, force: bool) -> Option<Self::SnapshotBuilder> {
         let is_held = self.snapshots.spools().is_held(self.group) && self.log.live_bytes() < HELD_LOG_BYTES;
         (force || !is_held).then(|| self.clone())

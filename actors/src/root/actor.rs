@@ -163,8 +163,8 @@ impl Actor for Root {
 }
 
 impl RootState {
-    /// Starts a child that has failed once its pause is over. Ends the node, or hands over, when that has been of
-    /// no use.
+    /// Starts a child that has failed once its pause is over. Ends the node, or hands over, when that has
+    /// been of no use.
     fn start_later(&mut self, child: Child, myself: &ActorRef<RootMessage>) {
         let failures = self.failures.entry(child).or_default();
         let pause = failures.note(Instant::now());

@@ -22,7 +22,8 @@ use crate::network::Peers;
 use crate::staleness::Heard;
 use crate::types::{Payload, TypeConfig};
 
-/// Entries that a learner may be behind when it gets a vote, and a member that goes on by the log after a snapshot.
+/// Entries that a learner may be behind when it gets a vote, and a member that goes on by the log after a
+/// snapshot.
 pub(super) const MAX_LAG: u64 = 1000;
 /// How recently a learner must have answered when it gets a vote.
 const HEARD_LATELY: Duration = Duration::from_secs(2);

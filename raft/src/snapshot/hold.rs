@@ -1,5 +1,5 @@
-//! For whom a leader keeps a group's log as it is: a member that gets a snapshot goes on from there by the log, and
-//! would need another snapshot if that began later by then.
+//! For whom a leader keeps a group's log as it is: a member that gets a snapshot goes on from there by the
+//! log, and would need another snapshot if that began later by then.
 //!
 //! ```text
 //!  export fixed ─▶ copied ─▶ offered, sent ─▶ installed ─▶ the member has nearly all, or CATCH_UP is over

@@ -136,8 +136,8 @@ impl Inbox {
     /// of any other one of the group goes.
     ///
     /// # Errors
-    /// Would block, while a snapshot of the group is being installed. Storage full, when there is no room for what
-    /// is missing: then what is here goes, too.
+    /// Would block, while a snapshot of the group is being installed. Storage full, when there is no room for
+    /// what is missing: then what is here goes, too.
     pub(crate) fn offered(&self, group: GroupId, id: &SnapshotId, position: &[u8]) -> io::Result<u64> {
         let desk = self.desk(group);
         let mut desk = desk.lock();
@@ -241,8 +241,8 @@ impl Receipt {
     /// Adds the next piece.
     ///
     /// # Errors
-    /// When another attempt has begun, or the piece cannot be written. Storage full, when there is no room any
-    /// more: then what was here goes.
+    /// When another attempt has begun, or the piece cannot be written. Storage full, when there is no room
+    /// any more: then what was here goes.
     pub(crate) fn take(&self, piece: &[u8]) -> io::Result<()> {
         let mut desk = self.desk.lock();
         let partial = self.partial(&mut desk)?;

@@ -27,17 +27,19 @@
 //! partial is only ever continued by the same bytes, and is thrown away when another snapshot is offered. Another
 //! leader makes a snapshot of its own, and that one begins at zero.
 //!
-//! **What is deleted when.** A spool: when nobody waits for it, when the log no longer reaches back to it, and
-//! [`KEPT`] after its last use. A partial: when it is installed, when another snapshot is offered, when the group
-//! leaves the node, and [`KEPT`] after its last piece. What a crash left half made: at the next start. Once the disk's
-//! reserve is reached: spools that nobody reads, and partials, which are refused until there is room for all of them.
+//! **What is deleted when.** A spool: when nobody waits for it, when the log no longer reaches back to it,
+//! and [`KEPT`] after its last use. A partial: when it is installed, when another snapshot is offered, when
+//! the group leaves the node, and [`KEPT`] after its last piece. What a crash left half made: at the next
+//! start. Once the disk's reserve is reached: spools that nobody reads, and partials, which are refused until
+//! there is room for all of them.
 //!
-//! **2026-11, a copy on the leader's disk.** An export can be read once, and never again: the state goes on. To be
-//! able to repeat a piece, the leader writes the export to a file first. That costs room for a copy of the shard while
-//! it is sent; below the disk's reserve the export is sent as it is read, as before, and a break costs all of it. In
-//! return the store sets old values aside only for as long as the file takes to write, however slow the member is.
-//! From the export on until the member has caught up, the leader makes no checkpoints of that group (at most
-//! [`spool::HELD_LOG_BYTES`] of log): else the log would often be gone before a member at a limited pace could use it.
+//! **2026-11, a copy on the leader's disk.** An export can be read once, and never again: the state goes on.
+//! To be able to repeat a piece, the leader writes the export to a file first. That costs room for a copy of
+//! the shard while it is sent; below the disk's reserve the export is sent as it is read, as before, and a
+//! break costs all of it. In return the store sets old values aside only for as long as the file takes to
+//! write, however slow the member is. From the export on until the member has caught up, the leader makes no
+//! checkpoints of that group (at most [`spool::HELD_LOG_BYTES`] of log): else the log would often be gone
+//! before a member at a limited pace could use it.
 
 pub(crate) mod frames;
 pub(crate) mod hold;
@@ -136,9 +138,9 @@ struct Inner {
 }
 
 impl Snapshots {
-    /// Opens what an earlier run of the process has left in the folders `incoming` and `outgoing` of `dir`, and
-    /// deletes what is of no use. `bytes_per_second` is what may be sent; no limit when zero. `reserve_bytes` of
-    /// the disk stay free.
+    /// Opens what an earlier run of the process has left in the folders `incoming` and `outgoing` of `dir`,
+    /// and deletes what is of no use. `bytes_per_second` is what may be sent; no limit when zero.
+    /// `reserve_bytes` of the disk stay free.
     pub(crate) fn open(dir: &Path, bytes_per_second: u64, reserve_bytes: u64) -> io::Result<Snapshots> {
         let incoming = dir.join("incoming");
         let room = Room::above(dir, reserve_bytes);
@@ -154,7 +156,8 @@ impl Snapshots {
         FrameFile::create(&self.0.incoming, self.0.room.clone())
     }
 
-    /// Says whether the disk has room. When it has none any more, what nobody uses just now is deleted at once.
+    /// Says whether the disk has room. When it has none any more, what nobody uses just now is deleted at
+    /// once.
     pub(crate) fn set_room(&self, is_there: bool) {
         self.0.room.set(is_there);
         if !is_there {

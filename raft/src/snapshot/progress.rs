@@ -1,8 +1,8 @@
 //! How far a stream of pieces has come: whether whoever takes them still does.
 //!
-//! A total time would have to know how fast the network is and who else sends at the node's pace. Here a piece that
-//! was handed out must be followed by the wish for another one: time that this node itself takes to read a piece, or
-//! to wait for its pace, does not count.
+//! A total time would have to know how fast the network is and who else sends at the node's pace. Here a
+//! piece that was handed out must be followed by the wish for another one: time that this node itself takes
+//! to read a piece, or to wait for its pace, does not count.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,8 +17,8 @@ use super::SUM_BYTES;
 
 /// How long a member may take for a piece.
 const PIECE_TIMEOUT: Duration = Duration::from_secs(60);
-/// How long a member may take to install a snapshot that has come. It goes on afterwards, and the next attempt finds
-/// it installed.
+/// How long a member may take to install a snapshot that has come. It goes on afterwards, and the next
+/// attempt finds it installed.
 const INSTALL_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// How far a stream has come. Clones share it.
@@ -101,8 +101,8 @@ mod tests {
         })
     }
 
-    /// How long it took until the stream counted as stalled, when so many of its pieces are taken, with a pause before
-    /// each.
+    /// How long it took until the stream counted as stalled, when so many of its pieces are taken, with a
+    /// pause before each.
     async fn stalls_after(made_in: Duration, taken: usize, pause: Duration) -> Option<Duration> {
         let (progress, began) = (Progress::new(), Instant::now());
         let mut stream = progress.of(pieces(20, made_in));

@@ -1,5 +1,5 @@
-//! Whether the disk has room for snapshots: as the node says now and then, and as the file system says before more
-//! is written.
+//! Whether the disk has room for snapshots: as the node says now and then, and as the file system says before
+//! more is written.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -17,7 +17,8 @@ struct Inner {
 }
 
 impl Room {
-    /// On the file system of `dir`, of which `reserve_bytes` stay free. There is room until somebody says otherwise.
+    /// On the file system of `dir`, of which `reserve_bytes` stay free. There is room until somebody says
+    /// otherwise.
     pub(crate) fn above(dir: &Path, reserve_bytes: u64) -> Room {
         let is_there = AtomicBool::new(true);
         Room(Arc::new(Inner { dir: dir.to_owned(), reserve_bytes, is_there }))

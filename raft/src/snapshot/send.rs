@@ -74,8 +74,8 @@ impl Snapshots {
         Ok(answer)
     }
 
-    /// A copy of an export, or one of the same group that was made meanwhile; none when it cannot be offered, or
-    /// there is no room for it.
+    /// A copy of an export, or one of the same group that was made meanwhile; none when it cannot be offered,
+    /// or there is no room for it.
     async fn copy(
         &self,
         group: GroupId,

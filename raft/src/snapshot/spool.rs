@@ -34,8 +34,8 @@ const NOTE: &str = "note";
 const HELD_AFTER_BREAK: Duration = Duration::from_secs(60);
 /// The most bytes of a group's log that are kept so that a member can go on after its snapshot.
 pub(crate) const HELD_LOG_BYTES: u64 = 512 << 20;
-/// A spool that was read to its end so many times and not taken is of no use to anybody: an export is copied as it
-/// is read, and that what is in it is damaged is seen where it is installed.
+/// A spool that was read to its end so many times and not taken is of no use to anybody: an export is copied
+/// as it is read, and that what is in it is damaged is seen where it is installed.
 const MAX_REFUSALS: u32 = 2;
 
 /// What a note says.
@@ -76,8 +76,8 @@ impl Spool {
         self.meta.last_log_id.map_or(0, |id| id.index)
     }
 
-    /// Notes that somebody is to get it, until what is returned is dropped. Whether it is of use shows only when a
-    /// piece is taken: a member that refuses it must not keep it alive.
+    /// Notes that somebody is to get it, until what is returned is dropped. Whether it is of use shows only
+    /// when a piece is taken: a member that refuses it must not keep it alive.
     pub(crate) fn lend(self: &Arc<Spool>) -> Lent {
         self.usage.lock().sending += 1;
         Lent(self.clone())
@@ -90,8 +90,8 @@ impl Spool {
         usage.waiting.insert(by);
     }
 
-    /// It was sent to its end, and the member has not taken it. That may be the member's or the network's fault
-    /// once.
+    /// It was sent to its end, and the member has not taken it. That may be the member's or the network's
+    /// fault once.
     pub(crate) fn refused(&self) {
         let is_given_up = {
             let mut usage = self.usage.lock();
@@ -220,8 +220,8 @@ pub(crate) struct Spools {
 }
 
 impl Spools {
-    /// Opens the folder. What was begun and not ended is deleted, and what is old. Until somebody says otherwise
-    /// there may be members that do not know what an offer is.
+    /// Opens the folder. What was begun and not ended is deleted, and what is old. Until somebody says
+    /// otherwise there may be members that do not know what an offer is.
     pub(crate) fn open(dir: &Path, room: Room) -> io::Result<Spools> {
         std::fs::create_dir_all(dir)?;
         let mut found = HashMap::new();
@@ -293,15 +293,15 @@ impl Spools {
         &self.holds
     }
 
-    /// Whether a member needs the log as it is, to go on after the snapshot that it is getting. On a disk without
-    /// room no log is kept for anybody.
+    /// Whether a member needs the log as it is, to go on after the snapshot that it is getting. On a disk
+    /// without room no log is kept for anybody.
     pub(crate) fn is_held(&self, group: GroupId) -> bool {
         let is_in_use = || self.of(group).is_some_and(|spool| spool.is_in_use());
         self.room.is_there() && (self.holds.is_held(group) || is_in_use())
     }
 
-    /// A group's turn to make a spool: of several members that are too far behind one makes it, and the others find
-    /// it once they have the turn.
+    /// A group's turn to make a spool: of several members that are too far behind one makes it, and the
+    /// others find it once they have the turn.
     pub(crate) fn turn(&self, group: GroupId) -> Turn {
         self.turns.lock().entry(group).or_default().clone()
     }
