@@ -2,7 +2,7 @@
 # Builds an earlier commit of this repository beside the present one, for tests of upgrades, and prints which.
 # The result is TARGET/release/shoal-old. Usage: deploy/old-build.sh TARGET [COMMIT]
 #
-# Without a commit: where this branch left origin/main; on main itself, the last tag; without tags, the commit before.
+# Without a commit: the one in tests/previous-build, which is changed whenever a build goes out.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p "$1"
@@ -10,13 +10,7 @@ target=$(realpath "$1")
 commit=${2:-}
 
 if [ -z "$commit" ]; then
-  head=$(git rev-parse HEAD)
-  base=$(git merge-base HEAD origin/main 2>/dev/null || true)
-  if [ -n "$base" ] && [ "$base" != "$head" ]; then
-    commit=$base
-  else
-    commit=$(git describe --tags --abbrev=0 HEAD~1 2>/dev/null || echo HEAD~1)
-  fi
+  commit=$(cat tests/previous-build)
 fi
 commit=$(git rev-parse --verify --quiet "$commit^{commit}") || {
   echo "old-build: there is no such commit here; a shallow clone has no earlier ones (git fetch --unshallow)" >&2
