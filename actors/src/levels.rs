@@ -125,7 +125,7 @@ impl Cluster {
         }
         let made = tokio::task::spawn_blocking(move || promise.make(level)).await;
         made.map_err(Error::internal)?.map_err(Error::internal)?;
-        tracing::info!(level = level.0, "from now on only builds that know this level can run on this data");
+        tracing::info!(cluster_level = level.0, "from now on only builds that know this level can run on this data");
         Ok(())
     }
 
@@ -149,7 +149,7 @@ impl Cluster {
         join_all(promises).await.into_iter().collect::<Result<(), Error>>()?;
         let nodes: BTreeSet<NodeId> = state.nodes.keys().copied().collect();
         self.control(Command::RaiseLevel { level, nodes }, Instant::now() + RAISE_TIMEOUT).await?;
-        tracing::info!(level = level.0, "a level has come into force: all nodes know it");
+        tracing::info!(cluster_level = level.0, "a level has come into force: all nodes know it");
         Ok(())
     }
 }

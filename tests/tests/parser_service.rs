@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use futures::StreamExt;
 use shoal_proto::parser::document_parser_client::DocumentParserClient;
 use shoal_proto::parser::{HealthCheckRequest, ParseRequest};
 use shoal_tests::{Cluster, KEY, Node, wait_until};
@@ -77,7 +78,7 @@ async fn bodies_that_do_not_come_take_places_and_nothing_waits_behind_them() -> 
     let mut slow = Vec::new();
     for _ in 0..PLACES {
         let mut client = client.clone();
-        let never = keyed(futures::stream::pending::<ParseRequest>(), "api-key", KEY)?;
+        let never = keyed(futures::stream::iter([page("note.txt", "", "some")]).chain(futures::stream::pending()), "api-key", KEY)?;
         slow.push(tokio::spawn(async move { client.parse_stream(never).await.map(drop) }));
     }
     let parse = async || {

@@ -35,7 +35,7 @@ async fn a_node_without_replica_asks_another_one_when_the_first_is_silent() -> R
     points.create(1, 3).await?;
     let all: Vec<Value> = (1..=20).map(|id| point(id, json!({}))).collect();
     points.upsert(&all).await?;
-    cluster.settled().await?;
+    cluster.rested(|_| true).await?;
     cluster.converged().await?;
     let shard = first_shard(&cluster).await?;
     let holders = holders(&cluster, shard).await?;
@@ -68,7 +68,7 @@ async fn a_node_without_replica_asks_another_one_when_the_first_is_silent() -> R
 async fn a_silent_node_costs_the_time_out_once() -> Result<()> {
     let mut cluster = Cluster::of(3).start().await?;
     Points::of(cluster.client(0), "c").create(1, 1).await?;
-    cluster.settled().await?;
+    cluster.rested(|_| true).await?;
     let shard = first_shard(&cluster).await?;
     let holder = *holders(&cluster, shard).await?.first().context("nobody holds the shard")?;
     let reader = cluster.client((holder + 1) % 3).clone();
@@ -93,7 +93,7 @@ async fn a_lost_shard_fails_a_search_unless_its_client_takes_a_part() -> Result<
     points.create(3, 1).await?;
     let all: Vec<Value> = (1..=60).map(|id| point(id, json!({}))).collect();
     points.upsert(&all).await?;
-    cluster.settled().await?;
+    cluster.rested(|_| true).await?;
     let mut places = Vec::new();
     for shard in cluster.shards("c").await? {
         places.extend(holders(&cluster, shard).await?);

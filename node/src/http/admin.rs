@@ -252,6 +252,6 @@ struct SetLogLevel {
 async fn set_log_level(State(app): State<App>, body: Bytes) -> Result<Json<Value>, Problem> {
     let request: SetLogLevel = read_json(&body)?;
     app.log_level().set(&request.level).map_err(|error| Error::invalid("level", error))?;
-    tracing::warn!(level = request.level, "the log level was changed");
+    tracing::warn!(filter = request.level, "the log level was changed");
     Ok(Json(json!({"level": request.level})))
 }
