@@ -125,7 +125,10 @@ impl Cluster {
         }
         let made = tokio::task::spawn_blocking(move || promise.make(level)).await;
         made.map_err(Error::internal)?.map_err(Error::internal)?;
-        tracing::info!(cluster_level = level.0, "from now on only builds that know this level can run on this data");
+        tracing::info!(
+            cluster_level = level.0,
+            "from now on only builds that know this level can run on this data"
+        );
         Ok(())
     }
 

@@ -78,7 +78,11 @@ async fn bodies_that_do_not_come_take_places_and_nothing_waits_behind_them() -> 
     let mut slow = Vec::new();
     for _ in 0..PLACES {
         let mut client = client.clone();
-        let never = keyed(futures::stream::iter([page("note.txt", "", "some")]).chain(futures::stream::pending()), "api-key", KEY)?;
+        let never = keyed(
+            futures::stream::iter([page("note.txt", "", "some")]).chain(futures::stream::pending()),
+            "api-key",
+            KEY,
+        )?;
         slow.push(tokio::spawn(async move { client.parse_stream(never).await.map(drop) }));
     }
     let parse = async || {

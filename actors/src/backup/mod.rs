@@ -213,7 +213,7 @@ impl Backups {
                 .await
                 .map_err(Error::internal)?
                 .map_err(|error| damaged(&error))?;
-            if inspection.contents().blobs.len() > shard.blobs.len() {
+            if inspection.contents().blobs.len() > shard.blobs.len() + shard.missing.len() {
                 return Err(damaged(&"its records name bytes of more files than it has"));
             }
         }
