@@ -202,6 +202,18 @@ pub async fn verify(expected: &BTreeMap<u64, Value>, points: &Points<'_>) -> Res
     Ok(())
 }
 
+/// Checks at one node that a collection holds exactly these payloads, each point once: for everybody, and in its own
+/// replicas as far as they have come.
+///
+/// # Errors
+/// As [`verify`].
+pub async fn verify_at(client: &Client, collection: &str, expected: &BTreeMap<u64, Value>) -> Result<()> {
+    for freshness in [Freshness::Linearizable, Freshness::Eventual] {
+        verify(expected, &Points::of(client, collection).at(freshness)).await?;
+    }
+    Ok(())
+}
+
 fn first(ids: &[u64]) -> &[u64] {
     &ids[..ids.len().min(10)]
 }

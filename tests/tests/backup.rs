@@ -324,7 +324,6 @@ async fn a_damaged_backup_is_found_out_and_nothing_of_it_is_shown() -> Result<()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "verify refused such a backup, and it was not seen to pass since that was mended"]
 async fn a_file_without_bytes_is_named_and_all_the_rest_is_kept() -> Result<()> {
     let kept = tempfile::tempdir()?;
     let target = kept.path().to_str().context("text")?;

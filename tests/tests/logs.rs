@@ -71,7 +71,6 @@ async fn every_request_has_a_line_with_its_id() -> Result<()> {
 }
 
 #[tokio::test]
-#[ignore = "it failed on the name of a field, and was not seen to pass since that was mended"]
 async fn the_level_is_changed_while_the_node_runs() -> Result<()> {
     let cluster = Cluster::of(1).env("SHOAL_LOG_FORMAT", "json").env("SHOAL_LOG_LEVEL", "warn");
     let cluster = cluster.start().await?;

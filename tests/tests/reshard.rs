@@ -198,10 +198,7 @@ async fn two_shards_become_one_and_two_again_under_load() -> Result<()> {
     expected.extend(before);
     expected.extend([early, (own, json!({"turn": turn}))]);
     for at in 0..3 {
-        for freshness in [Freshness::Linearizable, Freshness::Eventual] {
-            let points = Points::of(cluster.client(at), "c").at(freshness);
-            shoal_tests::writers::verify(&expected, &points).await?;
-        }
+        shoal_tests::writers::verify_at(cluster.client(at), "c", &expected).await?;
     }
     let gap = written.gap_of_all;
     ensure!(gap < GAP_LIMIT, "for {gap:?} nothing was acknowledged");
@@ -281,10 +278,7 @@ async fn shards_are_split_and_merged_under_load() -> Result<()> {
     expected.insert(lost, json!({"by": "the second"}));
     expected.extend(together().map(|id| (id, json!({"turn": turn}))));
     for at in 0..3 {
-        for freshness in [Freshness::Linearizable, Freshness::Eventual] {
-            shoal_tests::writers::verify(&expected, &Points::of(cluster.client(at), "c").at(freshness))
-                .await?;
-        }
+        shoal_tests::writers::verify_at(cluster.client(at), "c", &expected).await?;
     }
     let gap = written.gap_of_all;
     ensure!(gap < GAP_LIMIT, "for {gap:?} nothing was acknowledged");
@@ -393,10 +387,7 @@ async fn a_shard_that_is_too_large_is_split_by_itself_unless_placement_is_paused
     let mut expected = written.points.clone();
     expected.extend(before);
     for at in 0..3 {
-        for freshness in [Freshness::Linearizable, Freshness::Eventual] {
-            let points = Points::of(cluster.client(at), "c").at(freshness);
-            shoal_tests::writers::verify(&expected, &points).await?;
-        }
+        shoal_tests::writers::verify_at(cluster.client(at), "c", &expected).await?;
     }
     let gap = written.gap_of_all;
     ensure!(gap < GAP_LIMIT, "for {gap:?} nothing was acknowledged");

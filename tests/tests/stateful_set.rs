@@ -10,10 +10,10 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use shoal_tests::manifest::{Retention, paced};
 use shoal_tests::view::View;
-use shoal_tests::writers::verify;
+use shoal_tests::writers::verify_at;
 use shoal_tests::{
-    Component, Freshness, PodManagement, Points, Request, Searcher, StatefulSet, Stopped, Writers, Written,
-    cli, point, say, wait_until,
+    Component, PodManagement, Points, Request, Searcher, StatefulSet, Stopped, Writers, Written, cli, point,
+    say, wait_until,
 };
 
 /// The collection that is written and searched.
@@ -158,9 +158,7 @@ async fn check_everywhere(set: &StatefulSet, expected: &BTreeMap<u64, Value>) ->
     set.converged().await?;
     for ordinal in 0..set.replicas() {
         let client = set.pod(ordinal).client().await;
-        for freshness in [Freshness::Linearizable, Freshness::Eventual] {
-            verify(expected, &Points::of(&client, COLLECTION).at(freshness)).await?;
-        }
+        verify_at(&client, COLLECTION, expected).await?;
     }
     Ok(())
 }

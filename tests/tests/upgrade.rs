@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use shoal_tests::binary::{binary, old_binary};
-use shoal_tests::{Cluster, Freshness, Points, Request, Searcher, Writers, point, say, skip, wait_until};
+use shoal_tests::{Cluster, Points, Request, Searcher, Writers, point, say, skip, wait_until};
 
 /// How long a node may take to stop.
 const STOP_DEADLINE: Duration = Duration::from_secs(30);
@@ -126,10 +126,7 @@ async fn nodes_are_upgraded_one_by_one_under_load() -> Result<()> {
     let mut expected = written.points.clone();
     expected.extend(needles.iter().map(|id| (*id, json!({"needle": id}))));
     for at in 0..cluster.len() {
-        for freshness in [Freshness::Linearizable, Freshness::Eventual] {
-            let points = Points::of(cluster.client(at), "c").at(freshness);
-            shoal_tests::writers::verify(&expected, &points).await?;
-        }
+        shoal_tests::writers::verify_at(cluster.client(at), "c", &expected).await?;
         for number in 0..upgrades.len() {
             let name = format!("made-{number}");
             let count = Points::of(cluster.client(at), &name).count(None).await?;
