@@ -72,7 +72,7 @@ async fn clients_parse_with_the_key_and_not_without() -> Result<()> {
 }
 
 #[tokio::test]
-#[ignore = "its slow calls take no places, and why is not known yet"]
+#[ignore = "a call behind sixteen that stall is mostly not answered at all, and why is not known yet"]
 async fn bodies_that_do_not_come_take_places_and_nothing_waits_behind_them() -> Result<()> {
     let cluster = Cluster::of(1).start().await?;
     let client = client(cluster.node(0))?;
